@@ -1,0 +1,22 @@
+"""Attention for very large sets by random batches (Liu, Ma, Jin, Wang, arXiv 2511.06044).
+
+>>> import torch, randbatch as rb
+>>> q, k, v = torch.randn(3, 100_000, 4, 16).unbind()
+>>> rb.random_batch_attention(q, k, v, batch_size=128).shape
+torch.Size([100000, 4, 16])
+"""
+
+from randbatch import nn
+from randbatch.functional import full_attention, random_batch_attention
+from randbatch.partition import Partition, random_partition
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Partition",
+    "__version__",
+    "full_attention",
+    "nn",
+    "random_batch_attention",
+    "random_partition",
+]

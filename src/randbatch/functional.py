@@ -1,0 +1,188 @@
+"""The op: check, partition, interact, scatter. And exact attention, to compare with."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from randbatch._checks import check_batch_vector, check_integer, check_probability, check_qkv
+from randbatch._shapes import Float, Int
+from randbatch.estimators import RoundMerger, pick_estimator
+from randbatch.interactions import Options, pick_interaction
+from randbatch.kernels import Problem, pick_backend
+from randbatch.kernels.sdpa import is_linear_memory
+from randbatch.partition import Partition, draw_seed, fold_seed, random_partition
+
+__all__ = ["draw_partitions", "full_attention", "random_batch_attention"]
+
+_CHUNK_LOGITS = 2**24  # full attention holds this many logits at a time: 64 MiB in fp32
+
+
+def draw_partitions(
+    num_tokens: int,
+    batch_size: int,
+    rounds: int,
+    *,
+    batch: Int[Tensor, " n"] | None = None,
+    seed: int | None = None,
+    device: torch.device | None = None,
+) -> list[Partition]:
+    """R independent partitions of one seed; `seed=None` draws one from torch's default generator."""
+    check_integer("rounds", rounds, 1)
+    seed = draw_seed() if seed is None else seed
+    seeds = [seed] if rounds == 1 else [fold_seed(seed, position) for position in range(rounds)]
+    return [random_partition(num_tokens, batch_size, batch=batch, seed=s, device=device) for s in seeds]
+
+
+def random_batch_attention(
+    query: Float[Tensor, "n h d"],
+    key: Float[Tensor, "n h d"],
+    value: Float[Tensor, "n h dv"],
+    *,
+    batch_size: int | None = None,
+    batch: Int[Tensor, " n"] | None = None,
+    estimator: str = "plain",
+    rounds: int = 1,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    partition: Partition | None = None,
+    backend: str = "auto",
+    interaction: str = "softmax",
+) -> Float[Tensor, "n h dv"]:
+    """Attention inside random batches of p tokens: `y_i = Σ_{j∈C(i)} softmax_j(scale · q_i·k_j) v_j`.
+
+    C(i) is the random batch of token i. O(N p) time and O(N) memory; with `batch_size >= N` it is full attention.
+
+    Args:
+        query: `[N, H, D]`, fp64, fp32, bf16 or fp16.
+        key: `[N, H, D]`.
+        value: `[N, H, Dv]`.
+        batch_size: p >= 2, tokens in a random batch. It may be left out when `partition` is given.
+        batch: integers `[N]`, the graph of each token, in any order; graphs are never mixed. Default: one graph.
+        estimator: how in-batch outputs estimate full attention. `"plain"` is the paper's.
+        rounds: R >= 1 independent partitions, merged by their log-sum-exp. Time is proportional to R.
+        scale: factor of the logits. Default: 1/√D.
+        dropout_p: probability that an attention weight is dropped; the others grow by 1/(1 − dropout_p). Default: 0,
+            as in `scaled_dot_product_attention`; the op does not know train from eval, a module does.
+        seed: an int fixes the partition; the default draws one from torch's default CPU generator, so that
+            `torch.manual_seed` reproduces it.
+        partition: use this partition instead of drawing one; then `rounds` must be 1 and `batch`, `seed` and
+            `batch_size` say nothing.
+        backend: `"sdpa"`, `"reference"`, or `"auto"`: the first of these that can take the problem.
+        interaction: what happens inside a batch, `"softmax"` or `"linear"`.
+
+    Returns:
+        `[N, H, Dv]` in the dtype of `value`.
+
+    Raises:
+        TypeError: a tensor is not floating point, dtypes differ, an int argument is not an int.
+        ValueError: shapes or devices differ, an unknown name, a backend that cannot, `batch_size` < 2.
+
+    Source: Liu, Ma, Jin, Wang, "Random Batch Attention", arXiv 2511.06044.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1000, 4, 16).unbind()
+        >>> random_batch_attention(q, k, v, batch_size=128, seed=0).shape
+        torch.Size([1000, 4, 16])
+        >>> exact = full_attention(q, k, v)
+        >>> torch.allclose(random_batch_attention(q, k, v, batch_size=1000), exact, atol=1e-5)
+        True
+    """
+    check_qkv(query, key, value)
+    check_batch_vector(batch, query.shape[0], query.device)
+    check_probability("dropout_p", dropout_p)
+    estimate, interact = pick_estimator(estimator), pick_interaction(interaction)
+    if partition is not None:
+        partitions = [_check_partition(partition, query, rounds)]
+    elif batch_size is None:
+        raise TypeError("batch_size is missing: give batch_size (an int >= 2) or a partition")
+    else:
+        partitions = draw_partitions(query.shape[0], batch_size, rounds, batch=batch, seed=seed, device=query.device)
+    options = Options(scale, dropout_p, backend, need_log_norm=len(partitions) > 1)
+    merger = RoundMerger()
+    for part in partitions:
+        packed = part.pack(query), part.pack(key), part.pack(value)
+        out, log_norm = estimate(*packed, part, interact, options)
+        merger.add(part.unpack(out), None if log_norm is None else part.unpack(log_norm))
+    return merger.result()
+
+
+def _check_partition(partition: Partition, query: Tensor, rounds: int) -> Partition:
+    if rounds != 1:
+        raise ValueError(f"rounds must be 1 when a partition is given, got {rounds}")
+    if partition.num_tokens != query.shape[0]:
+        raise ValueError(f"partition is of {partition.num_tokens} tokens, but query has {query.shape[0]}")
+    if partition.order.device != query.device:
+        raise ValueError(f"partition is on {partition.order.device}, but query is on {query.device}")
+    return partition
+
+
+def full_attention(
+    query: Float[Tensor, "n h d"],
+    key: Float[Tensor, "n h d"],
+    value: Float[Tensor, "n h dv"],
+    *,
+    batch: Int[Tensor, " n"] | None = None,
+    scale: float | None = None,
+    chunk_size: int | None = None,
+) -> Float[Tensor, "n h dv"]:
+    """Exact attention, `y_i = Σ_j softmax_j(scale · q_i·k_j) v_j`, in O(N) memory and O(N²) time.
+
+    Where torch has a kernel that does not store the logits, that is used. Elsewhere, or if `chunk_size` is given,
+    queries are taken in chunks whose logits are computed again in the backward pass.
+
+    Args:
+        query: `[N, H, D]`, fp64, fp32, bf16 or fp16.
+        key: `[N, H, D]`.
+        value: `[N, H, Dv]`.
+        batch: integers `[N]`, the graph of each token; attention stays inside each graph. Default: one graph.
+        scale: factor of the logits. Default: 1/√D.
+        chunk_size: queries (of each graph) at a time. Default: as many as keep about 16 million logits.
+
+    Returns:
+        `[N, H, Dv]` in the dtype of `value`.
+
+    Raises:
+        TypeError: a tensor is not floating point, or dtypes differ.
+        ValueError: shapes or devices differ, or `chunk_size` < 1.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 6, 1, 8).unbind()
+        >>> graphs = torch.tensor([0, 0, 1, 1, 1, 0])
+        >>> torch.allclose(full_attention(q, k, v, batch=graphs)[2:5], full_attention(q[2:5], k[2:5], v[2:5]))
+        True
+    """
+    check_qkv(query, key, value)
+    num_tokens = query.shape[0]
+    check_batch_vector(batch, num_tokens, query.device)
+    if chunk_size is not None:
+        check_integer("chunk_size", chunk_size, 1)
+    if num_tokens == 0:
+        return value.clone()
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    problem = Problem.of(query, value, scale)
+    whole = random_partition(num_tokens, max(num_tokens, 2), batch=batch, device=query.device)  # a batch per graph
+    blocks = zip(*(whole.split(whole.pack(tensor)) for tensor in (query, key, value)), strict=True)
+    return whole.unpack(whole.join([_attend_in_chunks(q, k, v, problem, chunk_size) for q, k, v in blocks]))
+
+
+def _attend_in_chunks(query: Tensor, key: Tensor, value: Tensor, problem: Problem, chunk_size: int | None) -> Tensor:
+    """Softmax attention inside each of `[M, P, H, D]`, without holding more than a chunk's logits."""
+    attend = pick_backend("auto", problem).attend
+    num_batches, width, num_heads, _ = query.shape
+    if chunk_size is None:
+        if is_linear_memory(problem):
+            return attend(query, key, value, problem)[0]
+        chunk_size = max(1, _CHUNK_LOGITS // (num_batches * width * num_heads))
+    if chunk_size >= width:
+        return attend(query, key, value, problem)[0]
+
+    def attend_chunk(chunk: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attend(chunk, key, value, problem)[0]
+
+    chunks = [checkpoint(attend_chunk, chunk, key, value, use_reentrant=False) for chunk in query.split(chunk_size, 1)]
+    return torch.cat(chunks, dim=1)

@@ -1,0 +1,18 @@
+"""Softmax attention inside each batch, by the fastest backend that can."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from randbatch._shapes import Float
+from randbatch.interactions.options import Options
+from randbatch.kernels import Problem, pick_backend
+
+
+def softmax_attention(
+    query: Float[Tensor, "m p h d"], key: Float[Tensor, "m p h d"], value: Float[Tensor, "m p h dv"], options: Options
+) -> tuple[Float[Tensor, "m p h dv"], Float[Tensor, "m p h"] | None]:
+    """`y_i = Σ_j softmax_j(scale · q_i·k_j) v_j`, with scale 1/√D by default."""
+    scale = query.shape[-1] ** -0.5 if options.scale is None else options.scale
+    problem = Problem.of(query, value, scale, options.dropout_p, options.need_log_norm)
+    return pick_backend(options.backend, problem).attend(query, key, value, problem)

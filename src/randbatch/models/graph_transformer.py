@@ -1,0 +1,215 @@
+"""`GraphTransformer`: local message passing and global attention in every layer.
+
+Shape letters: N nodes, E edges, F input features, C channels, G graphs, K outputs.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from randbatch._checks import check_batch_vector, check_choice, check_integer, check_probability
+from randbatch._shapes import Float, Int
+from randbatch.models.local import make_convolution, prepare_edges
+from randbatch.nn import RandomBatchAttention
+from randbatch.partition import fold_seed
+
+__all__ = ["ATTENTIONS", "GraphTransformer"]
+
+ATTENTIONS = ("rba", "full", "linear", "off")
+
+
+@dataclass(frozen=True)
+class _LayerOptions:
+    channels: int
+    heads: int
+    local: str
+    attention: str
+    batch_size: int
+    estimator: str
+    rounds: int
+    eval_rounds: int | None
+    order: str
+    dropout: float
+    attention_dropout: float
+
+
+def _make_attention(options: _LayerOptions, seed: int) -> RandomBatchAttention | None:
+    """Global attention by name. `full` and `linear` are the limit in which one batch holds a whole graph."""
+    if options.attention == "off":
+        return None
+    random = options.attention == "rba"
+    return RandomBatchAttention(
+        options.channels,
+        options.heads,
+        options.batch_size if random else sys.maxsize,
+        dropout=options.attention_dropout,
+        estimator=options.estimator if random else "plain",
+        rounds=options.rounds if random else 1,
+        eval_rounds=options.eval_rounds if random else None,
+        interaction="linear" if options.attention == "linear" else "softmax",
+        seed=seed,
+    )
+
+
+class _Layer(nn.Module):
+    """Pre-norm residual branches: message passing, global attention, a two-layer MLP.
+
+    `order="then"`: h += conv(norm(h)), then h += attention(norm(h)). `order="beside"`: both read the same norm(h).
+    """
+
+    def __init__(self, options: _LayerOptions, seed: int) -> None:
+        super().__init__()
+        channels = options.channels
+        self.beside = options.order == "beside"
+        self.conv = make_convolution(options.local, channels, options.heads)
+        self.conv_norm = None if self.conv is None else nn.LayerNorm(channels)
+        self.attention = _make_attention(options, seed)
+        shared = self.beside and self.conv is not None
+        self.attention_norm = None if self.attention is None or shared else nn.LayerNorm(channels)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(channels),
+            nn.Linear(channels, 2 * channels),
+            nn.GELU(),
+            nn.Dropout(options.dropout),
+            nn.Linear(2 * channels, channels),
+        )
+        self.dropout = nn.Dropout(options.dropout)
+
+    def forward(self, h: Tensor, edges: tuple[Tensor, ...], batch: Tensor | None) -> Tensor:
+        normed = h
+        if self.conv is not None and self.conv_norm is not None:
+            normed = self.conv_norm(h)
+            h = h + self.dropout(self.conv(normed, *edges))
+        if self.attention is not None:
+            normed = normed if self.attention_norm is None else self.attention_norm(h)
+            h = h + self.dropout(self.attention(normed, batch=batch))
+        return h + self.dropout(self.mlp(h))
+
+
+class GraphTransformer(nn.Module):
+    """A graph transformer: L layers of message passing, global attention and an MLP, then a linear head.
+
+    `h ← h + conv(LN h)`, `h ← h + attention(LN h)`, `h ← h + MLP(LN h)`; the head reads `LN h` of each node, or its
+    mean over each graph. It needs the `graph` extra, unless `local="off"`.
+
+    Args:
+        in_channels: F.
+        out_channels: K, one per class or task.
+        channels: C, a multiple of `heads`. Default: 64.
+        layers: L. Default: 3; with random batches depth also mixes what the batches know.
+        heads: attention heads H. Default: 4.
+        local: `"gcn"`, `"sage"` (mean), `"gat"`, `"gin"` or `"off"`. Default: `"sage"`, the cheapest.
+        attention: `"rba"` (random batches), `"full"`, `"linear"` (over each whole graph) or `"off"`.
+        batch_size: p of `"rba"`. Default: 128.
+        estimator: of `"rba"`. Default: `"plain"`.
+        rounds: partitions per layer in training, of `"rba"`. Default: 1.
+        eval_rounds: partitions per layer in eval. Default: the same as `rounds`.
+        order: attention after message passing (`"then"`) or beside it, on the same input (`"beside"`).
+        level: `"node"` or `"graph"`: what is predicted.
+        dropout: after each branch and inside the MLP. Default: 0.
+        input_dropout: on the input features. Default: 0.
+        attention_dropout: on attention weights. Default: 0.
+        seed: the partitions of eval; each layer derives its own. Default: 0.
+
+    Raises:
+        ValueError: an unknown name, a number out of range.
+        ImportError: torch_geometric is not installed and `local` is not `"off"`.
+
+    Example:
+        >>> model = GraphTransformer(16, 3, channels=32, batch_size=64)
+        >>> edge_index = torch.randint(0, 500, (2, 2000))
+        >>> model(torch.randn(500, 16), edge_index).shape
+        torch.Size([500, 3])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        channels: int = 64,
+        layers: int = 3,
+        heads: int = 4,
+        local: str = "sage",
+        attention: str = "rba",
+        batch_size: int = 128,
+        estimator: str = "plain",
+        rounds: int = 1,
+        eval_rounds: int | None = None,
+        order: Literal["then", "beside"] = "then",
+        level: Literal["node", "graph"] = "node",
+        dropout: float = 0.0,
+        input_dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        numbers = {"in_channels": in_channels, "out_channels": out_channels, "channels": channels, "heads": heads}
+        for name, value in numbers.items():
+            check_integer(name, value, 1)
+        check_integer("layers", layers, 0)
+        if channels % heads:
+            raise ValueError(f"channels must be a multiple of heads, got {channels} and {heads}")
+        check_choice("attention", attention, ATTENTIONS)
+        check_choice("order", order, ("then", "beside"))
+        check_choice("level", level, ("node", "graph"))
+        check_probability("dropout", dropout)
+        check_probability("input_dropout", input_dropout)
+        options = _LayerOptions(
+            channels, heads, local, attention, batch_size, estimator, rounds, eval_rounds, order, dropout,
+            attention_dropout,
+        )  # fmt: skip
+        self.local = local
+        self.level = level
+        self.input_dropout = nn.Dropout(input_dropout)
+        self.embed = nn.Linear(in_channels, channels)
+        self.layers = nn.ModuleList(_Layer(options, fold_seed(seed, layer)) for layer in range(layers))
+        self.norm = nn.LayerNorm(channels)
+        self.head = nn.Linear(channels, out_channels)
+
+    def prepare_edges(self, edge_index: Int[Tensor, "2 e"], num_nodes: int) -> tuple[Tensor, ...]:
+        """The edges in the form that `forward` runs fastest on; do it once for a graph that is used often."""
+        return prepare_edges(self.local, edge_index, num_nodes, self.head.weight.dtype)
+
+    def forward(
+        self,
+        x: Float[Tensor, "n f"],
+        edge_index: Int[Tensor, "2 e"] | tuple[Tensor, ...],
+        batch: Int[Tensor, " n"] | None = None,
+    ) -> Float[Tensor, "m k"]:
+        """Predict.
+
+        Args:
+            x: features `[N, F]`.
+            edge_index: int64 `[2, E]`, from source to target, or the result of `prepare_edges`.
+            batch: integers `[N]`, the graph of each node. Default: one graph.
+
+        Returns:
+            `[N, K]`, or `[G, K]` at graph level, G = max(batch) + 1.
+
+        Raises:
+            TypeError: a wrong dtype.
+            ValueError: a wrong shape, an edge to a node that is not there.
+        """
+        if x.dim() != 2 or x.shape[1] != self.embed.in_features:
+            raise ValueError(f"x must have shape [N, {self.embed.in_features}], got {list(x.shape)}")
+        check_batch_vector(batch, x.shape[0], x.device)
+        edges = edge_index if isinstance(edge_index, tuple) else self.prepare_edges(edge_index, x.shape[0])
+        h = self.embed(self.input_dropout(x))
+        for layer in self.layers:
+            h = layer(h, edges, batch)
+        h = self.norm(h)
+        return self.head(h if self.level == "node" else _mean_over_graphs(h, batch))
+
+
+def _mean_over_graphs(h: Float[Tensor, "n c"], batch: Int[Tensor, " n"] | None) -> Float[Tensor, "g c"]:
+    if batch is None:
+        return h.mean(dim=0, keepdim=True)
+    counts = torch.bincount(batch)
+    total = h.new_zeros(counts.numel(), h.shape[1]).index_add(0, batch, h)
+    return total / counts.clamp(min=1).unsqueeze(1)  # an empty graph is zero

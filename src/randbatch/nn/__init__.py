@@ -1,0 +1,6 @@
+"""Modules that attend inside random batches."""
+
+from randbatch.nn.attention import RandomBatchAttention
+from randbatch.nn.wrapper import RandomBatch
+
+__all__ = ["RandomBatch", "RandomBatchAttention"]

@@ -1,0 +1,267 @@
+"""`RandomBatchAttention`: torch's multi-head self-attention with random batches, the same parameters.
+
+Shape letters: N tokens, C channels, H heads, D = C / H head size, B padded sets.
+"""
+
+from __future__ import annotations
+
+from typing import Any, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from randbatch._checks import check_batch_vector, check_choice, check_integer, check_probability
+from randbatch._shapes import Bool, Float, Int, Shaped
+from randbatch.estimators import ESTIMATORS, RoundMerger, pick_estimator
+from randbatch.functional import draw_partitions
+from randbatch.interactions import INTERACTIONS, Options, pick_interaction
+from randbatch.kernels import BACKENDS
+from randbatch.nn._sets import PaddedSets
+
+__all__ = ["RandomBatchAttention"]
+
+
+class RandomBatchAttention(torch.nn.MultiheadAttention):
+    """Multi-head self-attention inside random batches of p tokens; full attention when `batch_size` >= N.
+
+    `out = W_o · concat_h Σ_{j∈C(i)} softmax_j(q_i·k_j / √D) v_j + b_o`, C(i) the random batch of token i. In training
+    every call draws a fresh partition from torch's default CPU generator; in eval the partition depends on `seed`
+    alone, so that predictions are deterministic.
+
+    A subclass of `torch.nn.MultiheadAttention`: parameters, initialisation and `state_dict` are the same, both ways.
+
+    Args:
+        embed_dim: C, channels of a token; a multiple of `num_heads`.
+        num_heads: H.
+        batch_size: p >= 2, tokens in a random batch.
+        dropout: probability that an attention weight is dropped in training. Default: 0.
+        bias: whether the projections have a bias. Default: True, as in torch.
+        estimator: how in-batch outputs estimate full attention. Default: `"plain"`, the paper's.
+        rounds: R >= 1 partitions per call in training, merged by their log-sum-exp. Default: 1, the cheapest.
+        eval_rounds: R in eval. Default: the same as `rounds`.
+        interaction: `"softmax"` or `"linear"`.
+        backend: the backend of the softmax interaction. Default: the first that can.
+        seed: the partitions of eval. Give each layer of a stack its own: layers that share their batches do not mix
+            what the batches know. Default: 0.
+        batch_first: whether padded sets are `[B, N, C]` (True, the default) or `[N, B, C]`.
+        device: where the parameters live.
+        dtype: the parameters' floating dtype.
+
+    Raises:
+        TypeError: an argument that must be an int is not.
+        ValueError: a number out of range, `embed_dim` not a multiple of `num_heads`, an unknown name.
+
+    Example:
+        >>> attention = RandomBatchAttention(embed_dim=64, num_heads=4, batch_size=128)
+        >>> attention(torch.randn(1000, 64)).shape  # flat tokens
+        torch.Size([1000, 64])
+        >>> x = torch.randn(2, 500, 64)  # two padded sets
+        >>> out, _ = attention(x, x, x, key_padding_mask=torch.zeros(2, 500, dtype=torch.bool), need_weights=False)
+        >>> out.shape
+        torch.Size([2, 500, 64])
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        batch_size: int,
+        *,
+        dropout: float = 0.0,
+        bias: bool = True,
+        estimator: str = "plain",
+        rounds: int = 1,
+        eval_rounds: int | None = None,
+        interaction: str = "softmax",
+        backend: str = "auto",
+        seed: int = 0,
+        batch_first: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_integer("embed_dim", embed_dim, 1)
+        check_integer("num_heads", num_heads, 1)
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
+        check_probability("dropout", dropout)
+        super().__init__(embed_dim, num_heads, dropout, bias, batch_first=batch_first, device=device, dtype=dtype)
+        check_choice("estimator", estimator, ESTIMATORS)
+        check_choice("interaction", interaction, INTERACTIONS)
+        self.batch_size = check_integer("batch_size", batch_size, 2)
+        self.estimator = estimator
+        self.rounds = check_integer("rounds", rounds, 1)
+        self.eval_rounds = rounds if eval_rounds is None else check_integer("eval_rounds", eval_rounds, 1)
+        self.interaction = interaction
+        self.backend = check_choice("backend", backend, ["auto", *BACKENDS])
+        self.seed = seed
+        # TransformerEncoderLayer's fast path reads the weights and never calls forward; a hook turns it off.
+        self.register_forward_pre_hook(_no_fast_path)
+
+    @overload
+    def forward(
+        self,
+        query: Tensor,
+        key: None = None,
+        value: None = None,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        attn_mask: None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        *,
+        batch: Tensor | None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        attn_mask: None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        *,
+        batch: Tensor | None = None,
+    ) -> tuple[Tensor, None]: ...
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        *,
+        batch: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, None]:
+        """Attend; `m(x, batch=...)` returns a tensor, `m(query, key, value, ...)` returns `(out, None)` as in torch.
+
+        Args:
+            query: flat tokens `[N, C]`, or padded sets `[B, N, C]` (`[N, B, C]` if not `batch_first`).
+            key: like `query`; row i of query, key and value is one token. Default: `query`.
+            value: like `query`. Default: `query`.
+            key_padding_mask: `[B, N]`, True or −inf where there is no token. Such a row takes no part, and its output
+                is zero. For padded sets only.
+            need_weights: must be False: the weights of a random batch are not those of the whole set.
+            attn_mask: must be None.
+            average_attn_weights: taken for compatibility; it concerns weights, which are never returned.
+            is_causal: must be False.
+            batch: integers `[N]`, the graph of each token, for flat tokens only; graphs never mix. `m(x, batch)` is
+                understood as `m(x, batch=batch)`, since a key is never an integer.
+
+        Returns:
+            The shape of `query`; zero at padded rows.
+
+        Raises:
+            TypeError: an input is not floating point, or `batch` is not an integer vector.
+            ValueError: shapes that do not fit, or an option that has no meaning inside random batches.
+        """
+        if key is not None and value is None and not key.is_floating_point():
+            key, batch = None, key
+        as_torch = key is not None
+        key = query if key is None else key
+        value = key if value is None else value
+        self._check(query, key, value, need_weights, attn_mask, is_causal)
+        if query.dim() == 2:
+            if key_padding_mask is not None:
+                raise ValueError("key_padding_mask is for padded sets [B, N, C]; leave the rows out of flat tokens")
+            out = self._attend(query, key, value, batch)
+        else:
+            if batch is not None:
+                raise ValueError("batch is for flat tokens [N, C]; padded sets [B, N, C] take key_padding_mask")
+            out = self._attend_padded(query, key, value, key_padding_mask)
+        return (out, None) if as_torch else out
+
+    def _check(
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, attn_mask: Tensor | None, is_causal: bool
+    ) -> None:
+        if query.dim() not in (2, 3) or query.shape[-1] != self.embed_dim:
+            raise ValueError(
+                f"query must be [N, {self.embed_dim}] or [B, N, {self.embed_dim}], got {list(query.shape)}"
+            )
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            if not tensor.is_floating_point():
+                raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+            if tensor.shape != query.shape:
+                raise ValueError(
+                    f"{name} has shape {list(tensor.shape)} but query has {list(query.shape)}; random batches are for "
+                    "self-attention, where row i of query, key and value is one token"
+                )
+        if need_weights:
+            raise ValueError("need_weights must be False: weights inside a random batch are not those of the whole set")
+        if attn_mask is not None:
+            raise ValueError("attn_mask must be None: random batches take no mask between tokens; see key_padding_mask")
+        if is_causal:
+            raise ValueError("is_causal must be False: a random batch has no order")
+
+    def _attend_padded(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None) -> Tensor:
+        if not self.batch_first:
+            turned = {id(x): x.transpose(0, 1) for x in (query, key, value)}  # one tensor stays one tensor
+            query, key, value = (turned[id(x)] for x in (query, key, value))
+        sets = PaddedSets.of(query, None if padding is None else _kept(padding), "key_padding_mask")
+        flat = {id(x): sets.flatten(x) for x in (query, key, value)}
+        out = sets.restore(self._attend(flat[id(query)], flat[id(key)], flat[id(value)], sets.batch))
+        return out if self.batch_first else out.transpose(0, 1)
+
+    def _attend(
+        self,
+        query: Float[Tensor, "n c"],
+        key: Float[Tensor, "n c"],
+        value: Float[Tensor, "n c"],
+        batch: Int[Tensor, " n"] | None,
+    ) -> Float[Tensor, "n c"]:
+        check_batch_vector(batch, query.shape[0], query.device)
+        rounds = self.rounds if self.training else self.eval_rounds
+        partitions = draw_partitions(
+            query.shape[0],
+            self.batch_size,
+            rounds,
+            batch=batch,
+            seed=None if self.training else self.seed,
+            device=query.device,
+        )
+        estimate, interact = pick_estimator(self.estimator), pick_interaction(self.interaction)
+        options = Options(None, self.dropout if self.training else 0.0, self.backend, need_log_norm=rounds > 1)
+        merger = RoundMerger()
+        for part in partitions:
+            # Moving the C channels before the projection costs a third of moving query, key and value after it.
+            packed = {id(x): part.pack(x) for x in (query, key, value)}
+            q, k, v = self._project(packed[id(query)], packed[id(key)], packed[id(value)])
+            out, log_norm = estimate(q, k, v, part, interact, options)
+            merger.add(part.unpack(out), None if log_norm is None else part.unpack(log_norm))
+        return self.out_proj(merger.result().flatten(1))
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """`[N, C]` each to query, key, value `[N, H, D]`; one product where all three are one tensor."""
+        if query is key and key is value:
+            projected = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        else:
+            biases: Any = self.in_proj_bias.chunk(3) if hasattr(self.in_proj_bias, "chunk") else (None,) * 3
+            weights = self.in_proj_weight.chunk(3)
+            projected = [
+                F.linear(x, weight, bias) for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
+            ]
+        return [x.unflatten(-1, (self.num_heads, self.head_dim)) for x in projected]
+
+
+def _no_fast_path(module: torch.nn.Module, args: Any) -> None:
+    return None
+
+
+def _kept(padding: Shaped[Tensor, "b n"]) -> Bool[Tensor, "b n"]:
+    """True where there is a token, from torch's padding mask (bool, True = none; or float, −inf = none)."""
+    if padding.dtype == torch.bool:
+        return ~padding
+    if not padding.is_floating_point():
+        raise TypeError(f"key_padding_mask must be bool or floating point, got {padding.dtype}")
+    ignored = padding == -torch.inf
+    if bool((padding[~ignored] != 0).any()):
+        raise ValueError("key_padding_mask must be 0 or -inf where it is floating point; a finite bias is not taken")
+    return ~ignored

@@ -1,0 +1,285 @@
+"""Random partitions of N tokens into batches of about p, and the moves between token order and batch order.
+
+A partition is a function of `(num_tokens, batch_size, batch, seed)` alone: it is the same on every device, under
+every thread count and on every rank. It is stored as a permutation and the batch sizes; since the permutation is a
+bijection, the backward of a gather is again a gather (no sort, no atomics).
+
+Shape letters: N tokens, M batches, P slots per batch (the largest batch).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from randbatch._checks import check_batch_vector, check_integer
+from randbatch._shapes import Bool, Int, Shaped
+
+__all__ = ["Partition", "draw_seed", "fold_seed", "random_partition"]
+
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the stride of splitmix64's counter
+_MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))  # splitmix64's shifts and multipliers
+_LAST_SHIFT = 31
+_WORD = 1 << 64
+
+
+def _mix(word: int) -> int:
+    """Splitmix64's finalizer on a Python int: a bijection of 64-bit words whose output bits look independent."""
+    for shift, factor in _MIX:
+        word = ((word ^ (word >> shift)) * factor) % _WORD
+    return word ^ (word >> _LAST_SHIFT)
+
+
+def _signed(word: int) -> int:
+    return word - _WORD if word >= _WORD // 2 else word
+
+
+def fold_seed(seed: int, position: int) -> int:
+    """A seed for the `position`-th draw that belongs to `seed` (a round, a layer), unrelated to its neighbours.
+
+    >>> fold_seed(0, 0) != fold_seed(0, 1)
+    True
+    """
+    return _mix((_mix(seed % _WORD) + (position + 1) * _GOLDEN) % _WORD) >> 1
+
+
+def draw_seed() -> int:
+    """A fresh seed from torch's default CPU generator.
+
+    The default generator is what `torch.manual_seed` sets and what activation checkpointing replays; a private
+    generator would not be replayed, and gradients would be silently wrong.
+    """
+    return int(torch.randint(0, 2**63 - 1, (), device="cpu").item())
+
+
+def _random_keys(num_tokens: int, seed: int, device: torch.device) -> Int[Tensor, " n"]:
+    """Hash token numbers to int64 keys in [0, 2^63): splitmix64 started at the hashed seed."""
+
+    def xor_shift(keys: Tensor, shift: int) -> Tensor:
+        # torch shifts int64 arithmetically; the mask makes the shift logical
+        return keys.bitwise_xor_((keys >> shift).bitwise_and_((1 << (64 - shift)) - 1))
+
+    keys = torch.arange(num_tokens, dtype=torch.int64, device=device)
+    keys.mul_(_signed(_GOLDEN)).add_(_signed(_mix(seed % _WORD)))  # int64 arithmetic wraps, on every device
+    for shift, factor in _MIX:
+        xor_shift(keys, shift).mul_(_signed(factor))
+    return xor_shift(keys, _LAST_SHIFT).bitwise_and_((1 << 63) - 1)
+
+
+class _Permute(torch.autograd.Function):
+    """`x[order]` whose backward is `grad[inverse]`; each is the other's derivative, to every order."""
+
+    @staticmethod
+    def forward(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        return x.index_select(0, order)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
+        order, inverse = ctx.saved_tensors
+        return _permute(grads[0], inverse, order), None, None
+
+
+def _permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    permuted: Any = _Permute.apply(x, order, inverse)
+    return permuted
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """N tokens in M random batches of at most P tokens.
+
+    Batch order lists the tokens batch after batch, the largest batches first. A single set has batches of at most two
+    sizes that differ by one, so `groups` has at most two entries; batches of equal size are one rectangle without
+    padding, and no token is ever computed in vain.
+
+    Args:
+        order: int64 `[N]`, the token at each position of batch order; a permutation of 0 … N−1.
+        groups: `((rows, width), …)`, widths descending: how many batches there are of each size.
+
+    Example:
+        >>> part = random_partition(5, 2)
+        >>> part.index.shape, part.mask.tolist()
+        (torch.Size([3, 2]), [[True, True], [True, True], [True, False]])
+        >>> x = torch.arange(5.0)
+        >>> torch.equal(part.scatter(part.gather(x)), x)
+        True
+    """
+
+    order: Int[Tensor, " n"]
+    groups: tuple[tuple[int, int], ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return self.order.shape[0]
+
+    @property
+    def num_batches(self) -> int:
+        """M."""
+        return sum(rows for rows, _ in self.groups)
+
+    @property
+    def num_slots(self) -> int:
+        """P, the size of the largest batch."""
+        return self.groups[0][1] if self.groups else 0
+
+    @cached_property
+    def inverse(self) -> Int[Tensor, " n"]:
+        """int64 `[N]`: the position of each token in batch order."""
+        positions = torch.arange(self.num_tokens, device=self.order.device)
+        return torch.empty_like(self.order).index_copy_(0, self.order, positions)
+
+    @cached_property
+    def index(self) -> Int[Tensor, "m p"]:
+        """int64 `[M, P]`: the token in each slot. A masked slot repeats the last token of its own batch."""
+        rows = [
+            torch.cat([block, block[:, -1:].expand(-1, self.num_slots - block.shape[1])], dim=1)
+            for block in self.split(self.order)
+        ]
+        return torch.cat(rows) if rows else self.order.new_empty(0, 0)
+
+    @cached_property
+    def mask(self) -> Bool[Tensor, "m p"] | None:
+        """Bool `[M, P]`, True where the slot holds a token of its own; None where every slot does."""
+        if len(self.groups) <= 1:
+            return None
+        device = self.order.device
+        slots = torch.arange(self.num_slots, device=device)
+        return torch.cat([(slots < width).expand(rows, -1) for rows, width in self.groups])
+
+    def pack(self, x: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "n ..."]:
+        """Token order `[N, …]` to batch order `[N, …]`."""
+        return _permute(x, self.order, self.inverse)
+
+    def unpack(self, packed: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "n ..."]:
+        """Batch order `[N, …]` to token order `[N, …]`."""
+        return _permute(packed, self.inverse, self.order)
+
+    def split(self, packed: Shaped[Tensor, "n ..."]) -> list[Tensor]:
+        """Cut batch order `[N, …]` into one view `[rows, width, …]` per batch size: whole batches, no padding."""
+        pieces = packed.split([rows * width for rows, width in self.groups])
+        return [piece.unflatten(0, shape) for piece, shape in zip(pieces, self.groups, strict=True)]
+
+    def join(self, blocks: Sequence[Tensor]) -> Tensor:
+        """Put the blocks `[rows, width, …]` of `split` together again, `[N, …]` in batch order. M must be > 0."""
+        flat = [block.flatten(0, 1) for block in blocks]
+        return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+    def gather(self, x: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m p ..."]:
+        """Token order `[N, …]` to slots `[M, P, …]`; masked slots are zero."""
+        self._check_rows("x", x, (self.num_tokens,))
+        blocks = self.split(self.pack(x))
+        if len(blocks) == 1:
+            return blocks[0]
+        tail = [0, 0] * (x.dim() - 1)
+        padded = [F.pad(block, [*tail, 0, self.num_slots - block.shape[1]]) for block in blocks]
+        return torch.cat(padded) if padded else x.unflatten(0, (0, 0))
+
+    def scatter(self, y: Shaped[Tensor, "m p ..."]) -> Shaped[Tensor, "n ..."]:
+        """Slots `[M, P, …]` to token order `[N, …]`; masked slots are ignored."""
+        self._check_rows("y", y, (self.num_batches, self.num_slots))
+        if not self.groups:
+            return y.flatten(0, 1)
+        rows = y.split([rows for rows, _ in self.groups])
+        return self.unpack(self.join([row[:, :width] for row, (_, width) in zip(rows, self.groups, strict=True)]))
+
+    def to(self, device: torch.device | str) -> Partition:
+        """The same partition on another device."""
+        return Partition(self.order.to(device), self.groups)
+
+    def _check_rows(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+        if tensor.shape[: len(shape)] != shape:
+            raise ValueError(f"{name} must start with {list(shape)} to fit this partition, got {list(tensor.shape)}")
+
+
+def _balanced_groups(num_tokens: int, batch_size: int) -> tuple[tuple[int, int], ...]:
+    """M = ceil(N / p) batches whose sizes differ by at most one, as `((rows, width), …)`, widest first."""
+    num_batches = -(-num_tokens // batch_size)
+    if num_batches == 0:
+        return ()
+    width, wider = divmod(num_tokens, num_batches)
+    groups = ((wider, width + 1), (num_batches - wider, width))
+    return tuple((rows, width) for rows, width in groups if rows)
+
+
+def _partition_graphs(keys: Tensor, batch: Tensor, batch_size: int) -> Partition:
+    """Split each graph of `batch` into its own balanced batches; bring batches of equal size together."""
+    counts = torch.bincount(batch)
+    graph_bits = max(counts.numel() - 1, 0).bit_length()
+    # The graph goes above the random bits, so one sort orders by graph and at random inside it.
+    order = torch.argsort((keys >> graph_bits) + (batch.long() << (63 - graph_bits)), stable=True)
+    counts = counts[counts > 0]
+    num_batches = (counts + batch_size - 1).div(batch_size, rounding_mode="floor")
+    width = counts.div(num_batches, rounding_mode="floor")
+    first = num_batches.cumsum(0) - num_batches
+    position = torch.arange(int(num_batches.sum()), device=batch.device) - first.repeat_interleave(num_batches)
+    wider = (counts - width * num_batches).repeat_interleave(num_batches)
+    sizes = width.repeat_interleave(num_batches) + (position < wider)
+    widths, rows = torch.unique(sizes, return_counts=True)  # ascending
+    if widths.numel() > 1:
+        by_width = torch.argsort(sizes.repeat_interleave(sizes), descending=True, stable=True)
+        order = order[by_width]
+    groups = zip(reversed(rows.tolist()), reversed(widths.tolist()), strict=True)
+    return Partition(order, tuple(groups))
+
+
+def random_partition(
+    num_tokens: int,
+    batch_size: int,
+    *,
+    batch: Int[Tensor, " n"] | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+) -> Partition:
+    """Split N tokens at random into M = ceil(N / p) batches whose sizes differ by at most one.
+
+    Every token is hashed with the seed and the hashes are sorted, so each of the (N!) orders is equally likely as far
+    as a 63-bit hash can tell, and two tokens share a batch with probability (p−1)/(N−1). Cost: O(N log N), 0.05 s for
+    a million tokens on two CPU cores.
+
+    Args:
+        num_tokens: N >= 0.
+        batch_size: p >= 2, the number of tokens in a batch. With p >= N there is one batch.
+        batch: integers `[N]`, the graph of each token, in any order; graphs are never mixed. Default: one graph.
+        seed: the only source of randomness. Any int.
+        device: where the index lives. Default: the device of `batch`, otherwise the CPU. It does not change the result.
+
+    Returns:
+        A `Partition` whose `index` is `[M, P]`.
+
+    Raises:
+        TypeError: `num_tokens`, `batch_size` or `seed` is not an int, or `batch` is not of an integer dtype.
+        ValueError: `num_tokens` < 0, `batch_size` < 2, `batch` has another length than N, or negative entries.
+
+    Source: Jin, Li, Liu, arXiv 1812.10575, algorithm 1 (RBM-1).
+
+    Example:
+        >>> part = random_partition(10, 4, seed=1)
+        >>> part.groups  # one batch of 4 and two of 3
+        ((1, 4), (2, 3))
+        >>> sorted(part.order.tolist()) == list(range(10))
+        True
+    """
+    check_integer("num_tokens", num_tokens, 0)
+    batch_size = min(check_integer("batch_size", batch_size, 2), max(num_tokens, 1))
+    check_integer("seed", seed)
+    target = torch.device(device) if device is not None else (torch.device("cpu") if batch is None else batch.device)
+    if batch is not None:
+        check_batch_vector(batch, num_tokens, batch.device)
+        batch = batch.to(target)
+    if batch is None and num_tokens <= batch_size:  # one batch: nothing to draw
+        return Partition(torch.arange(num_tokens, device=target), _balanced_groups(num_tokens, batch_size))
+    keys = _random_keys(num_tokens, seed, target)
+    if batch is not None:
+        return _partition_graphs(keys, batch, batch_size)
+    return Partition(torch.argsort(keys, stable=True), _balanced_groups(num_tokens, batch_size))

@@ -1,0 +1,140 @@
+"""The settings of `randbatch train`. Field docstrings are the text of `--help`; a preset changes the defaults."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from randbatch._checks import check_choice, check_integer
+
+__all__ = ["PRESETS", "Attention", "RunConfig", "Settings", "SweepConfig", "preset"]
+
+Attention = Literal["rba", "full", "linear", "off"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs of a sweep share."""
+
+    dataset: str = "groups"
+    """A name (see `randbatch datasets`), the path of an .npz file, or `groups`, the embedded one."""
+    root: Path = Path("data")
+    """Folder of the data sets; what is missing is downloaded there."""
+    preset: str = "groups"
+    """Name of the defaults: by default that of the data set, where there is one."""
+    batch_size: int = 128
+    """p: tokens in a random batch, of `rba`."""
+    estimator: Literal["plain"] = "plain"
+    """How in-batch outputs estimate full attention, of `rba`."""
+    rounds: int = 1
+    """Partitions per layer and step, of `rba`; time is proportional to it."""
+    eval_rounds: int = 1
+    """The same in evaluation."""
+    epochs: int = 30
+    """Passes over the training graphs."""
+    lr: float = 2e-3
+    """Learning rate of AdamW, constant."""
+    weight_decay: float = 0.0
+    """Weight decay of AdamW."""
+    hidden: int = 64
+    """Channels C; a multiple of heads."""
+    layers: int = 3
+    """Layers, each with message passing, attention and an MLP."""
+    heads: int = 4
+    """Attention heads."""
+    local: Literal["gcn", "sage", "gat", "gin", "off"] = "sage"
+    """Message passing."""
+    order: Literal["then", "beside"] = "then"
+    """Attention after message passing, or beside it."""
+    dropout: float = 0.0
+    """After each branch and inside the MLP."""
+    input_dropout: float = 0.0
+    """On the input features."""
+    attention_dropout: float = 0.0
+    """On attention weights, of `rba` and `full`."""
+    graphs_per_step: int = 4
+    """Graphs in an optimisation step, where the data set has several."""
+    eval_every: int = 1
+    """Epochs between evaluations."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`, …; `auto` takes a GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        """Check what the model does not."""
+        for name in ("epochs", "graphs_per_step", "eval_every"):
+            check_integer(name, getattr(self, name), 1)
+        for name in ("lr", "weight_decay"):
+            value = getattr(self, name)
+            if not (value > 0 if name == "lr" else value >= 0):
+                raise ValueError(f"{name} must be positive, got {value}")
+
+
+@dataclass(frozen=True)
+class RunConfig(Settings):
+    """One training run."""
+
+    attention: Attention = "rba"
+    split: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SweepConfig(Settings):
+    """Train graph transformers: one run for each attention, split and seed; a table and a picture at the end."""
+
+    attention: tuple[Attention, ...] = ("rba",)
+    """Global attention: random batches, exact, linear, none; several are compared."""
+    split: tuple[int, ...] = (0,)
+    """Splits of the data set (of `groups`: seeds of the data)."""
+    seed: tuple[int, ...] = (0,)
+    """Seeds of weights, dropout and partitions."""
+    out: Path | None = None
+    """Folder of the results. Default: runs/DATASET-TIME."""
+    resume: Path | None = None
+    """Go on in this folder, with its own settings; only --epochs may be given too."""
+
+    def runs(self) -> Iterator[RunConfig]:
+        """The runs, in the order of the table."""
+        shared = {field.name: getattr(self, field.name) for field in fields(Settings)}
+        for attention, split, seed in itertools.product(self.attention, self.split, self.seed):
+            yield RunConfig(**shared, attention=attention, split=split, seed=seed)
+
+
+def to_json(config: Settings) -> dict[str, Any]:
+    """The settings as plain JSON values."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
+
+
+def sweep_from_json(values: Mapping[str, Any]) -> SweepConfig:
+    """The inverse of `to_json`; a `ValueError` names a setting that is unknown."""
+    known = {field.name for field in fields(SweepConfig)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"unknown settings: {', '.join(unknown)}")
+    typed = dict(values)
+    for name in ("root", "out", "resume"):
+        typed[name] = None if typed[name] is None else Path(typed[name])
+    for name in ("attention", "split", "seed"):
+        typed[name] = tuple(typed[name])
+    return SweepConfig(**typed)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "groups": {"attention": ("off", "rba", "full")},
+    "small-graph": {"epochs": 200, "lr": 5e-3, "weight_decay": 5e-4, "dropout": 0.5, "layers": 2, "local": "gcn"},
+    "large-graph": {"epochs": 200, "lr": 1e-3, "dropout": 0.2, "layers": 5},
+}
+PRESETS["tolokers"] = PRESETS["large-graph"] | {"eval_every": 2}
+PRESETS["minesweeper"] = PRESETS["large-graph"] | {"layers": 8, "epochs": 500, "eval_every": 5}
+for _name in ("cora", "citeseer", "pubmed"):
+    PRESETS[_name] = PRESETS["small-graph"]
+
+
+def preset(name: str | None, dataset: str) -> SweepConfig:
+    """The defaults called `name`; without a name those of the data set, or `large-graph`."""
+    if name is None:
+        name = dataset if dataset in PRESETS else "large-graph"
+    return SweepConfig(dataset=dataset, preset=name, **PRESETS[check_choice("preset", name, PRESETS)])
