@@ -1,11 +1,25 @@
-import jaxtyping  # noqa: F401  (before randbatch, so that shapes are real)
+"""Every annotated call of the package is checked for shapes and dtypes while the tests run."""
+
+import os
+from collections.abc import Iterator
+
+import jaxtyping
 import pytest
 import torch
-from jaxtyping import install_import_hook
 
-install_import_hook("randbatch", "beartype.beartype")
+jaxtyping.install_import_hook("randbatch", "beartype.beartype")  # before anything imports randbatch
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _unchecked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """`@pytest.mark.unchecked`: wrong input reaches the package, as it would from a user."""
+    off = request.node.get_closest_marker("unchecked") is not None
+    jaxtyping.config.update("jaxtyping_disable", off)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

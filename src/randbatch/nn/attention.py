@@ -5,6 +5,7 @@ Shape letters: N tokens, C channels, H heads, D = C / H head size, B padded sets
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, overload
 
 import torch
@@ -203,11 +204,9 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
 
     def _attend_padded(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None) -> Tensor:
         if not self.batch_first:
-            turned = {id(x): x.transpose(0, 1) for x in (query, key, value)}  # one tensor stays one tensor
-            query, key, value = (turned[id(x)] for x in (query, key, value))
+            query, key, value = _map_distinct(lambda x: x.transpose(0, 1), query, key, value)
         sets = PaddedSets.of(query, None if padding is None else _kept(padding), "key_padding_mask")
-        flat = {id(x): sets.flatten(x) for x in (query, key, value)}
-        out = sets.restore(self._attend(flat[id(query)], flat[id(key)], flat[id(value)], sets.batch))
+        out = sets.restore(self._attend(*_map_distinct(sets.flatten, query, key, value), sets.batch))
         return out if self.batch_first else out.transpose(0, 1)
 
     def _attend(
@@ -232,8 +231,7 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
         merger = RoundMerger()
         for part in partitions:
             # Moving the C channels before the projection costs a third of moving query, key and value after it.
-            packed = {id(x): part.pack(x) for x in (query, key, value)}
-            q, k, v = self._project(packed[id(query)], packed[id(key)], packed[id(value)])
+            q, k, v = self._project(*_map_distinct(part.pack, query, key, value))
             out, log_norm = estimate(q, k, v, part, interact, options)
             merger.add(part.unpack(out), None if log_norm is None else part.unpack(log_norm))
         return self.out_proj(merger.result().flatten(1))
@@ -249,6 +247,14 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
                 F.linear(x, weight, bias) for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
             ]
         return [x.unflatten(-1, (self.num_heads, self.head_dim)) for x in projected]
+
+
+def _map_distinct(
+    function: Callable[[Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Apply `function` once to each distinct tensor: what was one tensor stays one, and is moved and projected once."""
+    done = {id(x): function(x) for x in {id(x): x for x in (query, key, value)}.values()}
+    return done[id(query)], done[id(key)], done[id(value)]
 
 
 def _no_fast_path(module: torch.nn.Module, args: Any) -> None:

@@ -1,0 +1,181 @@
+"""A partition covers every token once, in balanced batches, at random, and is the same everywhere."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import randbatch as rb
+from randbatch.partition import fold_seed
+
+
+def check_partition(part: rb.Partition, num_tokens: int, batch_size: int, graph: torch.Tensor | None = None) -> None:
+    """Everything the contract promises, counted without the code under test."""
+    graph = torch.zeros(num_tokens, dtype=torch.int64) if graph is None else graph
+    index, mask = part.index, part.mask
+    assert index.dtype == torch.int64
+    real = torch.ones_like(index, dtype=torch.bool) if mask is None else mask
+    assert sorted(index[real].tolist()) == list(range(num_tokens))  # every token once
+    if mask is not None:
+        assert not mask.all()  # None where every slot is filled
+    for row in range(index.shape[0]):
+        assert len(set(graph[index[row]].tolist())) == 1  # graphs never mix, masked slots included
+    sizes = real.sum(1)
+    rows_graph = graph[index[:, 0]] if len(index) else graph[:0]
+    for g in graph.unique().tolist():
+        mine = sizes[rows_graph == g]
+        total = int((graph == g).sum())
+        assert len(mine) == -(-total // batch_size)  # M = ceil(N / p)
+        assert int(mine.max() - mine.min()) <= 1  # balanced
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 300), st.integers(2, 400), st.integers(-(2**70), 2**70))
+def test_one_set(num_tokens: int, batch_size: int, seed: int) -> None:
+    part = rb.random_partition(num_tokens, batch_size, seed=seed)
+    check_partition(part, num_tokens, batch_size)
+    if part.mask is not None:
+        assert part.mask[:, :-1].all()  # only the last slot can be masked
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=12), st.integers(2, 40), st.integers(0, 99), st.booleans())
+def test_several_graphs(sizes: list[int], batch_size: int, seed: int, shuffle: bool) -> None:
+    graph = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))  # some graphs are empty
+    if shuffle:
+        graph = graph[torch.randperm(len(graph))]
+    part = rb.random_partition(len(graph), batch_size, batch=graph, seed=seed)
+    check_partition(part, len(graph), batch_size, graph)
+
+
+def test_one_graph_is_no_graph() -> None:
+    one = rb.random_partition(100, 7, seed=3, batch=torch.zeros(100, dtype=torch.int64))
+    assert torch.equal(one.index, rb.random_partition(100, 7, seed=3).index)
+
+
+def test_gather_and_scatter_match_indexing() -> None:
+    graph = torch.randint(0, 5, (83,))
+    for num_tokens, batch in ((83, None), (83, graph), (80, None)):
+        part = rb.random_partition(num_tokens, 8, batch=batch, seed=1)
+        x = torch.randn(part.num_tokens, 3, 2)
+        slots = part.gather(x)
+        expected = x[part.index]
+        if part.mask is not None:
+            expected = torch.where(part.mask[..., None, None], expected, 0.0)
+        torch.testing.assert_close(slots, expected, rtol=0, atol=0)
+        torch.testing.assert_close(part.scatter(slots), x, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 17, 24])
+def test_gather_and_scatter_gradients(num_tokens: int) -> None:
+    part = rb.random_partition(num_tokens, 4, seed=5)
+    x = torch.randn(num_tokens, 2, dtype=torch.float64, requires_grad=True)
+    slots = torch.randn(part.num_batches, part.num_slots, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(part.gather, x)
+    assert torch.autograd.gradcheck(part.scatter, slots)
+    assert torch.autograd.gradgradcheck(part.gather, x)
+
+
+def test_backward_of_a_gather_is_a_gather() -> None:
+    part = rb.random_partition(1000, 10)
+    x = torch.randn(1000, 4, requires_grad=True)
+    with torch.profiler.profile() as profile:
+        part.gather(x).sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert not any("index_add" in name or "index_put" in name or "scatter" in name or "sort" in name for name in names)
+
+
+def test_pairs_meet_as_often_as_chance_has_it() -> None:
+    """Co-occurrence over seeds is binomial: mean (p−1)/(N−1), variance within 2 %. An affine generator is 5 × off."""
+    num_tokens, batch_size, seeds = 1000, 40, 2000
+    met = torch.zeros(num_tokens, num_tokens)
+    for seed in range(seeds):
+        part = rb.random_partition(num_tokens, batch_size, seed=seed)
+        row = torch.empty(num_tokens, dtype=torch.int64)
+        row[part.order] = torch.arange(num_tokens) // batch_size
+        member = torch.nn.functional.one_hot(row).float()
+        met.addmm_(member, member.T)
+    counts = met[torch.triu(torch.ones_like(met), 1).bool()].double()
+    chance = (batch_size - 1) / (num_tokens - 1)
+    assert counts.mean().item() == pytest.approx(seeds * chance, rel=1e-6)
+    assert counts.var().item() == pytest.approx(seeds * chance * (1 - chance), rel=0.02)
+
+
+def test_every_token_visits_every_slot() -> None:
+    seeds = 4000
+    first = torch.stack([rb.random_partition(12, 4, seed=seed).order for seed in range(seeds)])
+    counts = torch.nn.functional.one_hot(first, 12).sum(0).double()
+    chi2 = ((counts - seeds / 12) ** 2 / (seeds / 12)).sum().item()
+    assert 121 - 5 * (2 * 121) ** 0.5 < chi2 < 121 + 5 * (2 * 121) ** 0.5  # 11² degrees of freedom
+
+
+def test_a_seed_is_a_partition_for_ever() -> None:
+    """A published result names a seed; this order must not change between versions or machines."""
+    assert rb.random_partition(10, 4, seed=0).order.tolist() == [0, 3, 5, 7, 9, 8, 6, 1, 2, 4]
+    code = """
+import torch, randbatch as rb
+torch.set_num_threads(THREADS)
+print(hash(tuple(rb.random_partition(100_000, 64, seed=9).order.tolist())))
+"""
+    runs = {
+        subprocess.run([sys.executable, "-c", code.replace("THREADS", n)], capture_output=True, check=True).stdout
+        for n in "125"
+    }
+    assert len(runs) == 1
+
+
+def test_seeds_and_folds_differ() -> None:
+    orders = {tuple(rb.random_partition(50, 5, seed=seed).order.tolist()) for seed in (0, 1, -1, 2**64 - 2, 2**63)}
+    assert len(orders) == 5
+    assert len({fold_seed(seed, i) for seed in range(50) for i in range(50)}) == 2500
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_same_on_the_gpu() -> None:
+    graph = torch.randint(0, 9, (5000,))
+    for batch in (None, graph):
+        cpu = rb.random_partition(5000, 32, seed=4, batch=batch)
+        gpu = rb.random_partition(5000, 32, seed=4, batch=batch, device="cuda")
+        assert torch.equal(cpu.index, gpu.index.cpu())
+
+
+def test_many_small_graphs_waste_nothing() -> None:
+    graph = torch.arange(10_000).repeat_interleave(20)[torch.randperm(200_000)]
+    part = rb.random_partition(200_000, 256, batch=graph)
+    assert part.index.numel() <= 1.03 * 200_000
+    ragged = torch.arange(2000).repeat_interleave(torch.randint(1, 60, (2000,)))
+    blocks = rb.random_partition(len(ragged), 256, batch=ragged).groups  # what is computed, whatever the index pads
+    assert sum(rows * width for rows, width in blocks) == len(ragged)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((10, 1), ValueError, "batch_size must be at least 2, got 1"),
+        ((10, 2.5), TypeError, "batch_size must be an int, got float"),
+        ((10, True), TypeError, "batch_size must be an int, got bool"),
+        ((-1, 4), ValueError, "num_tokens must be at least 0"),
+        ((3, 4, torch.zeros(2, dtype=torch.int64)), ValueError, r"batch must have shape \[3\]"),
+        ((3, 4, torch.zeros(3)), TypeError, "batch must be an int64 or int32 tensor, got torch.float32"),
+        ((3, 4, torch.tensor([0, -2, 1])), ValueError, "batch must hold graph numbers >= 0, got -2"),
+    ],
+)
+@pytest.mark.unchecked
+def test_bad_input(arguments: tuple, error: type[Exception], message: str) -> None:
+    batch = arguments[2] if len(arguments) == 3 else None
+    with pytest.raises(error, match=message):
+        rb.random_partition(*arguments[:2], batch=batch)
+
+
+@pytest.mark.unchecked
+def test_bad_rows() -> None:
+    part = rb.random_partition(10, 4)
+    with pytest.raises(ValueError, match=r"x must start with \[10\]"):
+        part.gather(torch.zeros(9, 2))
+    with pytest.raises(ValueError, match=r"y must start with \[3, 4\]"):
+        part.scatter(torch.zeros(3, 3, 2))
+    with pytest.raises(TypeError, match="seed must be an int"):
+        rb.random_partition(10, 4, seed="a")  # type: ignore[arg-type]
