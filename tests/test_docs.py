@@ -1,0 +1,45 @@
+"""Every example in the README and the documentation runs."""
+
+import re
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def examples(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if examples(page)], ids=lambda page: page.name)
+def test_examples_run(page: Path) -> None:
+    """The blocks of a page run one after the other, as a reader would."""
+    names: dict[str, object] = {}
+    for block in examples(page):
+        exec(compile(block, str(page), "exec"), names)
+
+
+def test_there_are_examples() -> None:
+    assert len(examples(ROOT / "README.md")) >= 3
+    assert len(examples(ROOT / "docs" / "guide.md")) >= 6
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_picture_is_drawn_by_its_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("draw_idea", ROOT / "docs" / "draw_idea.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert matplotlib.get_backend().lower() == "agg"
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "draw_idea.py"))
+    module.main()
+    assert (tmp_path / "idea.png").stat().st_size > 10_000
