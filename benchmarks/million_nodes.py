@@ -51,7 +51,9 @@ def main() -> None:
         optimizer.step()
         seconds.append(time.perf_counter() - start)
         losses.append(value.item())
-        print(f"step {step + 1}: loss {losses[-1]:.4f}, {seconds[-1]:.1f} s, peak {peak_bytes() / 1e9:.2f} GB", flush=True)
+        print(
+            f"step {step + 1}: loss {losses[-1]:.4f}, {seconds[-1]:.1f} s, peak {peak_bytes() / 1e9:.2f} GB", flush=True
+        )
     row = {"settings": vars(options), "seconds": statistics.median(seconds), "peak_bytes": peak_bytes(), "loss": losses}
     write_row("million_nodes", row)
 

@@ -50,7 +50,9 @@ def main() -> None:
     axes[0].set_xlabel("every token meets every token:\nN² pairs", fontsize=9.5)
     axes[0].set_ylabel("N tokens", fontsize=9.5)
     draw_pairs(axes[1], meetings(first), "layer 1: random batches", "a token meets the p tokens\nof its random batch")
-    draw_pairs(axes[2], meetings(first[order]), "the same, in batch order", "M = N/p dense blocks, independent:\nN·p pairs")
+    draw_pairs(
+        axes[2], meetings(first[order]), "the same, in batch order", "M = N/p dense blocks, independent:\nN·p pairs"
+    )
     draw_pairs(axes[3], meetings(second), "layer 2: new batches", "the batches are drawn anew\nin every layer")
     after_one = (first[:, None] == first[None, :]).astype(int)
     after_two = (second[:, None] == second[None, :]).astype(int) @ after_one > 0
@@ -59,7 +61,9 @@ def main() -> None:
     axes[4].set(xticks=[], yticks=[])
     axes[4].set_title("what a token knows", fontsize=11)
     share = np.mean(~np.isnan(reach))
-    axes[4].set_xlabel(f"dark: after one layer; light: after two\n({share:.0%} of all pairs; depth mixes)", fontsize=9.5)
+    axes[4].set_xlabel(
+        f"dark: after one layer; light: after two\n({share:.0%} of all pairs; depth mixes)", fontsize=9.5
+    )
     path = Path(__file__).with_name("idea.png")
     figure.savefig(path, dpi=110)
     print(path)

@@ -37,7 +37,7 @@ def test_groups_is_what_it_says() -> None:
     right, bits = [], []
     for graph in data.graphs:
         # with so little noise the groups can be read off the features exactly: cluster by nearest seen feature
-        features = graph.x[:, :16]
+        features = graph.x[:, :8]
         group = torch.full((3000,), -1)
         while (group < 0).any():
             seed = int((group < 0).nonzero()[0])
@@ -48,7 +48,7 @@ def test_groups_is_what_it_says() -> None:
         for g in range(4):
             assert len(graph.y[group == g].unique()) == 1  # the label is the group's bit
             bits.append(int(graph.y[group == g][0]))
-        right.append(((graph.x[:, 16] > 0) == graph.y.bool()).float().mean())
+        right.append(((graph.x[:, 8] > 0) == graph.y.bool()).float().mean())
     assert torch.stack(right).mean().item() == pytest.approx(0.6, abs=0.015)
     assert 0 < sum(bits) < len(bits)
 

@@ -141,13 +141,25 @@ def test_a_longer_run_goes_on(tmp_path: Path) -> None:
     assert numbers(tmp_path / "whole") == numbers(tmp_path / "parts")
 
 
+def test_the_learning_rate_decays(tmp_path: Path) -> None:
+    config = RunConfig(epochs=10, lr=1.0, lr_decay=0.4)
+    rates = [config.lr_of(epoch) for epoch in range(1, 11)]
+    assert rates == pytest.approx([1, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+    assert {RunConfig(lr=0.1).lr_of(epoch) for epoch in (1, 200)} == {0.1}
+    data = make_groups(0, small_groups())
+    decaying = RunConfig(**SMALL | {"epochs": 2}, lr_decay=1.0)
+    train_run(decaying, data, tmp_path)
+    with pytest.raises(ValueError, match="holds a run with epochs=2, not 3"):  # its rates were those of two epochs
+        train_run(replace(decaying, epochs=3), data, tmp_path)
+
+
 def test_other_checkpoints_are_refused(tmp_path: Path) -> None:
     config, data = RunConfig(**SMALL | {"epochs": 1}), make_groups(0, small_groups())
     train_run(config, data, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(ValueError, match=r"is of another model: embed.bias is \[16\] there and \[32\] here"):
         train_run(replace(config, hidden=32), data, tmp_path)
-    with pytest.raises(ValueError, match=r"holds a run with lr=0.002, not 0.1"):
+    with pytest.raises(ValueError, match=r"holds a run with lr=0.001, not 0.1"):
         train_run(replace(config, lr=0.1), data, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     checkpoint = tmp_path / "checkpoint.safetensors"

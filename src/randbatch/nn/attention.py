@@ -95,7 +95,7 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
         self.eval_rounds = rounds if eval_rounds is None else check_integer("eval_rounds", eval_rounds, 1)
         self.interaction = interaction
         self.backend = check_choice("backend", backend, ["auto", *BACKENDS])
-        self.seed = seed
+        self.seed = check_integer("seed", seed)
         # TransformerEncoderLayer's fast path reads the weights and never calls forward; a hook turns it off.
         self.register_forward_pre_hook(_no_fast_path)
 

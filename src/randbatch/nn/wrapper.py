@@ -45,7 +45,7 @@ class RandomBatch(torch.nn.Module):
             raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
         self.module = module
         self.batch_size = check_integer("batch_size", batch_size, 2)
-        self.seed = seed
+        self.seed = check_integer("seed", seed)
 
     def forward(
         self,

@@ -33,10 +33,12 @@ class Settings:
     """Partitions per layer and step, of `rba`; time is proportional to it."""
     eval_rounds: int = 1
     """The same in evaluation."""
-    epochs: int = 30
+    epochs: int = 200
     """Passes over the training graphs."""
-    lr: float = 2e-3
-    """Learning rate of AdamW, constant."""
+    lr: float = 1e-3
+    """Learning rate of AdamW."""
+    lr_decay: float = 0.0
+    """Share of the epochs, at the end, over which the learning rate falls linearly to zero."""
     weight_decay: float = 0.0
     """Weight decay of AdamW."""
     hidden: int = 64
@@ -70,6 +72,13 @@ class Settings:
             value = getattr(self, name)
             if not (value > 0 if name == "lr" else value >= 0):
                 raise ValueError(f"{name} must be positive, got {value}")
+        if not 0 <= self.lr_decay <= 1:
+            raise ValueError(f"lr_decay must lie in [0, 1], got {self.lr_decay}")
+
+    def lr_of(self, epoch: int) -> float:
+        """The learning rate of an epoch, counted from 1."""
+        left = (self.epochs - epoch + 1) / self.epochs
+        return self.lr * min(1.0, left / self.lr_decay) if self.lr_decay else self.lr
 
 
 @dataclass(frozen=True)
@@ -123,11 +132,18 @@ def sweep_from_json(values: Mapping[str, Any]) -> SweepConfig:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "groups": {"attention": ("off", "rba", "full")},
-    "small-graph": {"epochs": 200, "lr": 5e-3, "weight_decay": 5e-4, "dropout": 0.5, "layers": 2, "local": "gcn"},
-    "large-graph": {"epochs": 200, "lr": 1e-3, "dropout": 0.2, "layers": 5},
+    "groups": {
+        "attention": ("off", "rba", "full"),
+        "epochs": 16,
+        "lr": 2e-3,
+        "lr_decay": 0.5,
+        "heads": 2,
+        "order": "beside",
+    },
+    "small-graph": {"lr": 5e-3, "weight_decay": 5e-4, "dropout": 0.5, "layers": 2, "local": "gcn"},
+    "large-graph": {"dropout": 0.2, "layers": 5},
 }
-PRESETS["tolokers"] = PRESETS["large-graph"] | {"eval_every": 2}
+PRESETS["tolokers"] = PRESETS["large-graph"] | {"epochs": 300, "eval_every": 2}
 PRESETS["minesweeper"] = PRESETS["large-graph"] | {"layers": 8, "epochs": 500, "eval_every": 5}
 for _name in ("cora", "citeseer", "pubmed"):
     PRESETS[_name] = PRESETS["small-graph"]

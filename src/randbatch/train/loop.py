@@ -65,6 +65,8 @@ class _Trainer:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         graphs = [graph.to(self.device) for graph in dataset.graphs]
         self.train_graphs = [graph for graph in graphs if bool(graph.train.any())]
+        if not self.train_graphs:
+            raise ValueError(f"data set {dataset.name!r} has no node to train on")
         judged = [graph for graph in graphs if bool((graph.val | graph.test).any())]
         self.judged = [self._collate(part) for part in _parts(judged, config.graphs_per_step)]
         # One graph is prepared once; parts of several are drawn anew every epoch.
@@ -85,9 +87,11 @@ class _Trainer:
             whole = Graph(edge_index=torch.cat(edges, dim=1), **joined)
         return _Minibatch(whole, self.model.prepare_edges(whole.edge_index, len(whole.x)), batch)
 
-    def train_epoch(self) -> float:
+    def train_epoch(self, lr: float) -> float:
         """Train on every training graph once; the mean loss per node."""
         self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         if self.only is not None:
             steps = iter([self.only])
         else:
@@ -125,15 +129,17 @@ class _Trainer:
 def train_run(config: RunConfig, dataset: Dataset, folder: Path, *, label: str = "train") -> dict[str, Any]:
     """Train one model, leaving log, weights, checkpoint and `result.json` in `folder`; return the result.
 
-    If the folder holds a checkpoint of the same settings (more epochs are allowed), the run goes on from it, to the
-    numbers of a run that was never interrupted. Interrupt it at any time: the last finished epoch is on the disk.
+    If the folder holds a checkpoint of the same settings, the run goes on from it, to the numbers of a run that was
+    never interrupted. More epochs are allowed if the learning rate does not decay. Interrupt it at any time: the last
+    finished epoch is on the disk.
 
     Raises:
         ValueError: the checkpoint is truncated, of another model or of other settings. The folder stays as it was.
     """
     trainer = _Trainer(config, dataset)
     state: dict[str, Any] = {"epoch": 0, "best_epoch": 0, "val": float("-inf"), "test": 0.0, "peak_memory_bytes": 0}
-    settings = {name: value for name, value in to_json(config).items() if name not in ("epochs", "root", "device")}
+    free = {"root", "device"} if config.lr_decay else {"root", "device", "epochs"}  # what a resumed run may change
+    settings = {name: value for name, value in to_json(config).items() if name not in free}
     if (folder / CHECKPOINT).exists():
         about = load_checkpoint(folder / CHECKPOINT, trainer.model, trainer.optimizer)
         _check_settings(folder, settings, about["settings"])
@@ -163,7 +169,7 @@ def train_run(config: RunConfig, dataset: Dataset, folder: Path, *, label: str =
 def _one_epoch(trainer: _Trainer, epoch: int, state: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train, evaluate when it is time, keep the weights if they are the best so far; the line of the log."""
     start = time.perf_counter()
-    line: dict[str, Any] = {"epoch": epoch, "loss": trainer.train_epoch()}
+    line: dict[str, Any] = {"epoch": epoch, "loss": trainer.train_epoch(trainer.config.lr_of(epoch))}
     line["seconds"] = time.perf_counter() - start
     if epoch % trainer.config.eval_every == 0 or epoch == trainer.config.epochs:
         line |= trainer.evaluate()
