@@ -233,7 +233,7 @@ def test_a_sweep_makes_a_table_and_pictures(tmp_path: Path) -> None:
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in (SMALL | {"epochs": 2}).items()]
-    assert main(["train", "--attention", "rba", "--out", str(out), *flags]) == 0
+    assert main(["train", "--attention", "rba", "--lr-decay", "0", "--out", str(out), *flags]) == 0
     result = json.loads((out / "result.json").read_text())
     assert (result["epochs"], result["config"]["hidden"]) == (2, 16)
     assert "| rba (plain, p = 16) |" in capsys.readouterr().out
@@ -264,8 +264,8 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, tmp_path, cap
     monkeypatch.chdir(tmp_path)
     try:
         code = main(["train", "--attention", "rba", *arguments])
-    except SystemExit as exit:  # tyro's own refusal
-        code = exit.code
+    except SystemExit as refusal:  # tyro's own
+        code = refusal.code
     error = capsys.readouterr().err
     assert code == 2
     assert message in error

@@ -75,15 +75,16 @@ def draw_curves(runs: Sequence[Run], path: Path) -> None:
         scores = [100 * result["test"] for result in results]
         seconds = statistics.median(result["seconds_per_epoch"] for result in results)
         mean = statistics.mean(scores)
-        right.bar(place, mean, color=_COLORS[results[0]["attention"]], alpha=0.75)
-        right.scatter([place] * len(scores), scores, color="black", s=8, zorder=3)
-        right.annotate(f"{mean:.1f}\n{seconds:.2f} s/epoch", (place, max(scores)), ha="center", va="bottom",
-                       xytext=(0, 3), textcoords="offset points", fontsize=9)  # fmt: skip
-    tests = [100 * result["test"] for result, _ in runs]
-    low, high = min(tests), max(tests)
-    margin = max(high - low, 5.0)
-    right.set(ylim=(max(0.0, low - 0.3 * margin), high + 0.35 * margin), ylabel=f"test {metric} (%)")
+        color = _COLORS[results[0]["attention"]]
+        right.hlines(mean, place - 0.25, place + 0.25, color=color, linewidth=4)
+        right.scatter([place] * len(scores), scores, color=color, edgecolors="white", s=36, zorder=3)
+        right.annotate(f"{mean:.1f} %\n{seconds:.2f} s/epoch", (place, max(scores)), ha="center", va="bottom",
+                       xytext=(0, 7), textcoords="offset points", fontsize=9)  # fmt: skip
+    right.margins(x=0.25, y=0.35)
+    right.set_ylabel(f"test {metric} (%)")
     right.set_xticks(range(len(rows)), [name.replace(" (", "\n(") for name in rows])
+    for axes in (left, middle):
+        axes.xaxis.get_major_locator().set_params(integer=True)
     for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{runs[0][0]['dataset']}: test score at the epoch with the best validation score")
