@@ -256,6 +256,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (["--epochs", "0"], "epochs must be at least 1, got 0"),
         (["--lr", "-1"], "lr must be positive, got -1.0"),
         (["--heads", "5"], "multiple of heads"),
+        (["--seed"], "seed must name at least one"),
         (["--split", "-1"], "split must be at least 0"),
         (["--resume", "nowhere"], "resume: nowhere holds no run"),
     ],

@@ -35,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as error:
         print(f"\ninterrupted; go on with: randbatch train --resume {error.folder}", file=sys.stderr)
         return 130
+    except KeyboardInterrupt:
+        print("\ninterrupted before anything was trained", file=sys.stderr)
+        return 130
     except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
         print(f"randbatch: {error}", file=sys.stderr)
         return 2

@@ -31,8 +31,8 @@ class Settings:
     """How in-batch outputs estimate full attention, of `rba`."""
     rounds: int = 1
     """Partitions per layer and step, of `rba`; time is proportional to it."""
-    eval_rounds: int = 1
-    """The same in evaluation."""
+    eval_rounds: int | None = None
+    """The same in evaluation. Default: as in training."""
     epochs: int = 200
     """Passes over the training graphs."""
     lr: float = 1e-3
@@ -105,6 +105,13 @@ class SweepConfig(Settings):
     resume: Path | None = None
     """Go on in this folder, with its own settings; only --epochs may be given too."""
 
+    def __post_init__(self) -> None:
+        """Check that there is something to run."""
+        super().__post_init__()
+        for name in ("attention", "split", "seed"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must name at least one, got none")
+
     def runs(self) -> Iterator[RunConfig]:
         """The runs, in the order of the table."""
         shared = {field.name: getattr(self, field.name) for field in fields(Settings)}
@@ -123,18 +130,17 @@ def sweep_from_json(values: Mapping[str, Any]) -> SweepConfig:
     unknown = sorted(set(values) - known)
     if unknown:
         raise ValueError(f"unknown settings: {', '.join(unknown)}")
+    paths, several = ("root", "out", "resume"), ("attention", "split", "seed")
     typed = dict(values)
-    for name in ("root", "out", "resume"):
-        typed[name] = None if typed[name] is None else Path(typed[name])
-    for name in ("attention", "split", "seed"):
-        typed[name] = tuple(typed[name])
+    typed |= {name: Path(values[name]) for name in paths if values.get(name) is not None}
+    typed |= {name: tuple(values[name]) for name in several if name in values}
     return SweepConfig(**typed)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
     "groups": {
         "attention": ("off", "rba", "full"),
-        "epochs": 16,
+        "epochs": 20,
         "lr": 2e-3,
         "lr_decay": 0.5,
         "heads": 2,

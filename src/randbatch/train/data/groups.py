@@ -59,9 +59,7 @@ def make_groups(seed: int, options: GroupsOptions | None = None) -> Dataset:
     generator = torch.Generator().manual_seed(seed)
     prototypes = torch.randn(options.num_groups, options.channels, generator=generator)
     counts = {"train": options.train_graphs, "val": options.val_graphs, "test": options.test_graphs}
-    graphs = [
-        _make_graph(prototypes, role, generator, options) for role, count in counts.items() for _ in range(count)
-    ]
+    graphs = [_make_graph(prototypes, role, generator, options) for role, count in counts.items() for _ in range(count)]
     return Dataset("groups", tuple(graphs), "accuracy", 2)
 
 
