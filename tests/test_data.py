@@ -41,7 +41,7 @@ def test_groups_is_what_it_says() -> None:
         group = torch.full((3000,), -1)
         while (group < 0).any():
             seed = int((group < 0).nonzero()[0])
-            group[(features - features[seed]).norm(dim=1) < 2.0] = int(group.max()) + 1
+            group[(features - features[seed]).norm(dim=1) < 1.0] = int(group.max()) + 1
         assert int(group.max()) + 1 == 4
         source, target = graph.edge_index
         assert (group[source] != group[target]).all()  # no edge joins two members

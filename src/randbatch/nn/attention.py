@@ -6,7 +6,7 @@ Shape letters: N tokens, C channels, H heads, D = C / H head size, B padded sets
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, overload
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -98,36 +98,6 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
         self.seed = check_integer("seed", seed)
         # TransformerEncoderLayer's fast path reads the weights and never calls forward; a hook turns it off.
         self.register_forward_pre_hook(_no_fast_path)
-
-    @overload
-    def forward(
-        self,
-        query: Tensor,
-        key: None = None,
-        value: None = None,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = False,
-        attn_mask: None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
-        *,
-        batch: Tensor | None = None,
-    ) -> Tensor: ...
-
-    @overload
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = False,
-        attn_mask: None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
-        *,
-        batch: Tensor | None = None,
-    ) -> tuple[Tensor, None]: ...
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

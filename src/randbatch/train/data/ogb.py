@@ -51,7 +51,7 @@ def load_ogb(name: str, root: Path, split: int) -> Dataset:
     y = y.float() if several else y.squeeze(1).nan_to_num(nan=-1.0).long()
     masks: dict[str, Tensor] = {}
     for role, ours in (("train", "train"), ("valid", "val"), ("test", "test")):
-        chosen = torch.from_numpy(roles[role]).long()
+        chosen = torch.tensor(roles[role])
         masks[ours] = torch.zeros(num_nodes, dtype=torch.bool).index_fill_(0, chosen, True)
     edge_index = require("torch_geometric.utils").to_undirected(edge_index, num_nodes=num_nodes)
     metric: Metric = "rocauc" if several else "accuracy"
