@@ -1,6 +1,8 @@
 """Every example in the README and the documentation runs."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -43,3 +45,25 @@ def test_the_picture_is_drawn_by_its_script(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(module, "__file__", str(tmp_path / "draw_idea.py"))
     module.main()
     assert (tmp_path / "idea.png").stat().st_size > 10_000
+
+
+def test_the_core_needs_torch_alone() -> None:
+    """Importing randbatch imports no optional package, and a missing one is explained."""
+    code = """
+import sys
+for name in ("torch_geometric", "tyro", "tqdm", "matplotlib", "safetensors", "torchmetrics", "jaxtyping", "ogb"):
+    sys.modules[name] = None  # as if it were not installed
+import torch, randbatch as rb
+rb.nn.RandomBatchAttention(8, 2, 4)(torch.randn(9, 8)).sum().backward()
+rb.models.GraphTransformer(3, 2, local="off")(torch.randn(9, 3), torch.zeros(2, 0, dtype=torch.int64))
+try:
+    rb.models.GraphTransformer(3, 2, local="gcn")
+except ImportError as error:
+    print(error)
+from randbatch.cli import main
+raise SystemExit(main(["datasets"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "this needs torch_geometric: pip install 'randbatch[graph]'" in done.stdout
+    assert done.returncode == 2
+    assert "randbatch: this needs tyro: pip install 'randbatch[train]'" in done.stderr

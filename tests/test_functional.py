@@ -172,6 +172,14 @@ def test_rounds_keep_the_dtype(dtype: torch.dtype) -> None:
     assert (out.double() - exact).norm() <= 4 * torch.finfo(dtype).eps * exact.norm()
 
 
+@pytest.mark.parametrize("options", [{"rounds": 2}, {"backend": "reference"}, {"interaction": "linear"}])
+def test_autocast_does_not_round_sums(options: dict) -> None:
+    inputs = qkv(40, dtype=torch.float32)
+    out = rb.random_batch_attention(*inputs, batch_size=8, seed=0, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(rb.random_batch_attention(*inputs, batch_size=8, seed=0, **options), out)
+
+
 def test_large_logits_stay_finite() -> None:
     query, key, value = (100 * x for x in qkv(64, dtype=torch.float32))
     out = rb.random_batch_attention(query, key, value, batch_size=16, rounds=2)

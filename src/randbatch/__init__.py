@@ -6,7 +6,7 @@
 torch.Size([100000, 4, 16])
 """
 
-from randbatch import nn
+from randbatch import models, nn
 from randbatch.functional import full_attention, random_batch_attention
 from randbatch.partition import Partition, random_partition
 
@@ -16,6 +16,7 @@ __all__ = [
     "Partition",
     "__version__",
     "full_attention",
+    "models",
     "nn",
     "random_batch_attention",
     "random_partition",

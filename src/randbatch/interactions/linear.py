@@ -19,11 +19,12 @@ def linear_attention(
     """
     _refuse_softmax_options(options)
     dtype = torch.promote_types(query.dtype, torch.float32)
-    query_map, key_map = F.elu(query.to(dtype)) + 1, F.elu(key.to(dtype)) + 1
-    summary = torch.einsum("mphd,mphe->mhde", key_map, value.to(dtype))
-    norm = torch.einsum("mphd,mhd->mph", query_map, key_map.sum(dim=1))
-    out = torch.einsum("mphd,mhde->mphe", query_map, summary) / norm.unsqueeze(-1)
-    return out.to(value.dtype), norm.log() if options.need_log_norm else None
+    with torch.autocast(query.device.type, enabled=False):  # autocast would round the sums over the batch
+        query_map, key_map = F.elu(query.to(dtype)) + 1, F.elu(key.to(dtype)) + 1
+        summary = torch.einsum("mphd,mphe->mhde", key_map, value.to(dtype))
+        norm = torch.einsum("mphd,mhd->mph", query_map, key_map.sum(dim=1))
+        out = torch.einsum("mphd,mhde->mphe", query_map, summary) / norm.unsqueeze(-1)
+        return out.to(value.dtype), norm.log() if options.need_log_norm else None
 
 
 def _refuse_softmax_options(options: Options) -> None:

@@ -20,7 +20,8 @@ def attend(
 ) -> tuple[Float[Tensor, "m q h dv"], Float[Tensor, "m q h"] | None]:
     """`softmax_j(scale · q_i·k_j) v_j` inside each batch, accumulated in at least fp32."""
     dtype = torch.promote_types(problem.dtype, torch.float32)
-    logits = torch.einsum("mqhd,mphd->mqhp", query.to(dtype) * problem.scale, key.to(dtype))
-    weights = F.dropout(torch.softmax(logits, dim=-1), problem.dropout_p)
-    out = torch.einsum("mqhp,mphe->mqhe", weights, value.to(dtype))
-    return out.to(problem.dtype), torch.logsumexp(logits, dim=-1) if problem.need_lse else None
+    with torch.autocast(problem.device.type, enabled=False):  # autocast would round the products again
+        logits = torch.einsum("mqhd,mphd->mqhp", query.to(dtype) * problem.scale, key.to(dtype))
+        weights = F.dropout(torch.softmax(logits, dim=-1), problem.dropout_p)
+        out = torch.einsum("mqhp,mphe->mqhe", weights, value.to(dtype))
+        return out.to(problem.dtype), torch.logsumexp(logits, dim=-1) if problem.need_lse else None
