@@ -140,7 +140,7 @@ def sweep_from_json(values: Mapping[str, Any]) -> SweepConfig:
 PRESETS: dict[str, dict[str, Any]] = {
     "groups": {
         "attention": ("off", "rba", "full"),
-        "epochs": 20,
+        "epochs": 16,
         "lr": 2e-3,
         "lr_decay": 0.5,
         "heads": 2,
