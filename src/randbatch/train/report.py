@@ -81,6 +81,8 @@ def draw_curves(runs: Sequence[Run], path: Path) -> None:
         right.annotate(f"{mean:.1f} %\n{seconds:.2f} s/epoch", (place, max(scores)), ha="center", va="bottom",
                        xytext=(0, 7), textcoords="offset points", fontsize=9)  # fmt: skip
     right.margins(x=0.25, y=0.35)
+    low, high = right.get_ylim()
+    right.set_yticks([tick for tick in right.get_yticks() if low <= tick <= min(high, 100)])  # the room above is text's
     right.set_ylabel(f"test {metric} (%)")
     right.set_xticks(range(len(rows)), [name.replace(" (", "\n(") for name in rows])
     for axes in (left, middle):
