@@ -255,22 +255,24 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (["--batch-size", "1"], "batch_size must be at least 2, got 1"),
         (["--epochs", "0"], "epochs must be at least 1, got 0"),
         (["--lr", "-1"], "lr must be positive, got -1.0"),
-        (["--heads", "5"], "multiple of heads"),
+        (["--heads", "5"], "hidden must be a multiple of heads, got 64 and 5"),
         (["--seed"], "seed must name at least one"),
-        (["--split", "-1"], "split must be at least 0"),
+        (["--dropout", "1"], "dropout must lie in [0, 1)"),
+        (["--split", "0", "-1"], "split must be at least 0"),
         (["--resume", "nowhere"], "resume: nowhere holds no run"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], message: str, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     try:
-        code = main(["train", "--attention", "rba", *arguments])
+        code = main(["train", *arguments])
     except SystemExit as refusal:  # tyro's own
         code = refusal.code
     error = capsys.readouterr().err
     assert code == 2
     assert message in error
     assert "Traceback" not in error
+    assert not (tmp_path / "runs").exists()  # nothing was trained
 
 
 @pytest.mark.usefixtures("small")

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from randbatch._checks import check_choice, check_integer
+from randbatch._checks import check_choice, check_integer, check_probability
 
 __all__ = ["PRESETS", "Attention", "RunConfig", "Settings", "SweepConfig", "preset"]
 
@@ -65,9 +65,17 @@ class Settings:
     """`cpu`, `cuda`, `cuda:1`, …; `auto` takes a GPU if there is one."""
 
     def __post_init__(self) -> None:
-        """Check what the model does not."""
-        for name in ("epochs", "graphs_per_step", "eval_every"):
+        """Check every number now, not when a later run of the sweep comes to it."""
+        for name in ("epochs", "graphs_per_step", "eval_every", "rounds", "hidden", "heads"):
             check_integer(name, getattr(self, name), 1)
+        check_integer("batch_size", self.batch_size, 2)
+        check_integer("layers", self.layers, 0)
+        if self.eval_rounds is not None:
+            check_integer("eval_rounds", self.eval_rounds, 1)
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden must be a multiple of heads, got {self.hidden} and {self.heads}")
+        for name in ("dropout", "input_dropout", "attention_dropout"):
+            check_probability(name, getattr(self, name))
         for name in ("lr", "weight_decay"):
             value = getattr(self, name)
             if not (value > 0 if name == "lr" else value >= 0):

@@ -13,6 +13,7 @@ from randbatch.train.config import RunConfig, SweepConfig, sweep_from_json, to_j
 from randbatch.train.data import load_dataset
 from randbatch.train.files import read_json, write_json, write_text
 from randbatch.train.loop import read_log, read_result, train_run
+from randbatch.train.machine import pick_device
 from randbatch.train.report import draw_curves, table
 
 __all__ = ["Interrupted", "load_sweep", "train_sweep"]
@@ -39,7 +40,9 @@ def train_sweep(config: SweepConfig, *, say: Callable[[str], None] = print) -> l
     runs = list(config.runs())
     folders = [folder if len(runs) == 1 else folder / run_name(run) for run in runs]
     load = functools.lru_cache(maxsize=1)(load_dataset)
-    load(config.dataset, config.root, config.split[0])  # what is wrong with the data set shows before a folder is made
+    pick_device(config.device)
+    for split in config.split:  # what is wrong with the device or the data set shows before a folder is made
+        load(config.dataset, config.root, split)
     write_json(folder / SWEEP, to_json(replace(config, out=None, resume=None)))
     results: list[dict[str, Any]] = []
     say(f"results go to {folder}")
