@@ -44,6 +44,7 @@ class _Trainer:
         self.config = config
         self.metric: Metric = dataset.metric
         self.device = pick_device(config.device)
+        self.commit = commit()
         self.model = GraphTransformer(
             dataset.graphs[0].x.shape[1],
             dataset.num_outputs,
@@ -200,7 +201,7 @@ def _result(trainer: _Trainer, state: dict[str, Any], folder: Path) -> dict[str,
         "num_parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "config": to_json(config),
         "versions": versions(trainer.device),
-        "commit": commit(),
+        "commit": trainer.commit,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 import subprocess
@@ -63,8 +64,12 @@ def versions(device: torch.device) -> dict[str, str]:
     return found | {"hardware": hardware, "threads": str(torch.get_num_threads())}
 
 
+@functools.cache
 def commit() -> str | None:
-    """The commit of this package's checkout (`…-dirty` if it was changed since), None outside of one."""
+    """The commit of this package's checkout (`…-dirty` if it was changed since), None outside of one.
+
+    The first answer stays for the life of the process: it is the code that was loaded, whatever becomes of the checkout.
+    """
     here = Path(__file__).parent
 
     def git(*words: str) -> str | None:
