@@ -68,7 +68,7 @@ def versions(device: torch.device) -> dict[str, str]:
 def commit() -> str | None:
     """The commit of this package's checkout (`…-dirty` if it was changed since), None outside of one.
 
-    The first answer stays for the life of the process: it is the code that was loaded, whatever becomes of the checkout.
+    The first answer stays for the life of the process: it is the code that was loaded, whatever the checkout becomes.
     """
     here = Path(__file__).parent
 
