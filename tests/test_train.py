@@ -287,6 +287,18 @@ def test_a_resumed_run_keeps_its_settings(tmp_path: Path, capsys: pytest.Capture
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("small")
+def test_a_decaying_run_is_not_prolonged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Refused, and the folder stays as it was: it still resumes."""
+    out = tmp_path / "out"
+    train_sweep(SweepConfig(out=out, lr_decay=0.5, **SMALL | {"epochs": 1}), say=lambda _: None)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert main(["train", "--resume", str(out), "--epochs", "2"]) == 2
+    assert "epochs: " in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert main(["train", "--resume", str(out)]) == 0
+
+
 def test_ctrl_c_leaves_a_folder_that_resumes(tmp_path: Path) -> None:
     """A real process, a real signal."""
     arrays = {

@@ -64,10 +64,11 @@ def _parse(argv: Sequence[str]) -> SweepConfig | DatasetsConfig:
 
 
 def _check_unchanged(config: SweepConfig, stored: SweepConfig) -> None:
-    """A resumed run keeps its settings; it may only become longer."""
+    """A resumed run keeps its settings; it may become longer, unless its learning rate decays over its epochs."""
+    free = () if stored.lr_decay else ("epochs",)
     for field in fields(config):
         ours, theirs = getattr(config, field.name), getattr(stored, field.name)
-        if field.name != "epochs" and ours != theirs:
+        if field.name not in free and ours != theirs:
             raise ValueError(f"{field.name}: {config.resume} was started with {theirs}, it cannot go on with {ours}")
 
 

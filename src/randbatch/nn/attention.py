@@ -211,10 +211,11 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
         if query is key and key is value:
             projected = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
         else:
-            biases: Any = self.in_proj_bias.chunk(3) if hasattr(self.in_proj_bias, "chunk") else (None,) * 3
+            bias: Any = self.in_proj_bias  # None without a bias, whatever torch's annotation says
+            biases = (None,) * 3 if bias is None else bias.chunk(3)
             weights = self.in_proj_weight.chunk(3)
             projected = [
-                F.linear(x, weight, bias) for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
+                F.linear(x, weight, b) for x, weight, b in zip((query, key, value), weights, biases, strict=True)
             ]
         return [x.unflatten(-1, (self.num_heads, self.head_dim)) for x in projected]
 

@@ -111,7 +111,7 @@ class SweepConfig(Settings):
     out: Path | None = None
     """Folder of the results. Default: runs/DATASET-TIME."""
     resume: Path | None = None
-    """Go on in this folder, with its own settings; only --epochs may be given too."""
+    """Go on in this folder, with its own settings; only --epochs may be given too, if the learning rate is constant."""
 
     def __post_init__(self) -> None:
         """Check that there is something to run."""
