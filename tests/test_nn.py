@@ -75,7 +75,7 @@ def test_random_batches_are_attention_in_each_batch() -> None:
     torchs, ours = pair(batch_size=8)
     ours.eval()
     x = torch.randn(29, 16, dtype=torch.float64)
-    part = rb.random_partition(29, 8, seed=ours.seed)
+    part = rb.random_partition(29, 8, seed=ours.sampling.seed)
     want = torch.zeros_like(x)
     for row in range(part.index.shape[0]):
         tokens = part.index[row] if part.mask is None else part.index[row][part.mask[row]]
@@ -113,9 +113,9 @@ def test_train_draws_and_eval_is_fixed() -> None:
     ours.eval()
     assert torch.equal(ours(x), ours(x))
     assert torch.equal(ours(x), copy.deepcopy(ours)(x))
-    ours.seed = 1
+    ours.sampling.seed = 1
     other = ours(x)
-    ours.seed = 0
+    ours.sampling.seed = 0
     assert not torch.equal(ours(x), other)
 
 
@@ -126,9 +126,9 @@ def test_eval_rounds_and_dropout() -> None:
     exact.load_state_dict(ours.state_dict())
     ours.eval(), exact.eval()
     many = (ours(x) - exact(x)).norm()
-    ours.eval_rounds = 1
+    ours.sampling.eval_rounds = 1
     assert many < 0.5 * (ours(x) - exact(x)).norm()
-    ours.batch_size = 64
+    ours.sampling.batch_size = 64
     assert torch.allclose(ours(x), exact(x), atol=1e-6)  # no dropout in eval
     assert not torch.allclose(ours.train()(x), exact(x), atol=1e-3)
 
@@ -198,7 +198,12 @@ SETS = torch.randn(2, 3, 16)
         ((X, X, X), {"need_weights": True}, ValueError, "need_weights must be False"),
         ((X, X, X), {"attn_mask": torch.zeros(6, 6)}, ValueError, "attn_mask must be None"),
         ((X, X, X), {"is_causal": True}, ValueError, "is_causal must be False"),
-        ((X,), {"key_padding_mask": torch.zeros(6, dtype=torch.bool)}, ValueError, "key_padding_mask is for padded"),
+        (
+            (X,),
+            {"key_padding_mask": torch.zeros(6, dtype=torch.bool), "batch": torch.zeros(6, dtype=torch.int64)},
+            ValueError,
+            "batch is for flat tokens",
+        ),
         ((X,), {"batch": torch.zeros(5, dtype=torch.int64)}, ValueError, r"batch must have shape \[6\]"),
         ((X,), {"batch": torch.zeros(6)}, TypeError, "batch must be an int64 or int32 tensor"),
         ((SETS,), {"batch": torch.zeros(2, dtype=torch.int64)}, ValueError, "batch is for flat tokens"),

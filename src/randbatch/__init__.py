@@ -6,18 +6,24 @@
 torch.Size([100000, 4, 16])
 """
 
-from randbatch import models, nn
+from randbatch import integrations, models, nn
+from randbatch.conversion import ConversionReport, convert
 from randbatch.functional import full_attention, random_batch_attention
+from randbatch.nn.sampling import set_inference
 from randbatch.partition import Partition, random_partition
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ConversionReport",
     "Partition",
     "__version__",
+    "convert",
     "full_attention",
+    "integrations",
     "models",
     "nn",
     "random_batch_attention",
     "random_partition",
+    "set_inference",
 ]

@@ -14,6 +14,7 @@ _EXTRAS = {
     "torch_geometric": "graph",
     "torchmetrics": "train",
     "tqdm": "train",
+    "transformers": "hf",
     "tyro": "train",
 }
 

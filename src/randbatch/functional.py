@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from randbatch.kernels import Problem, pick_backend
 from randbatch.kernels.sdpa import is_linear_memory
 from randbatch.partition import Partition, draw_seed, fold_seed, random_partition
 
-__all__ = ["draw_partitions", "full_attention", "random_batch_attention"]
+__all__ = ["attend_in_partitions", "draw_partitions", "full_attention", "random_batch_attention"]
 
 _CHUNK_LOGITS = 2**24  # full attention holds this many logits at a time: 64 MiB in fp32
 
@@ -95,13 +96,32 @@ def random_batch_attention(
     check_qkv(query, key, value)
     check_batch_vector(batch, query.shape[0], query.device)
     check_probability("dropout_p", dropout_p)
-    estimate, interact = pick_estimator(estimator), pick_interaction(interaction)
     if partition is not None:
         partitions = [_check_partition(partition, query, rounds)]
     elif batch_size is None:
         raise TypeError("batch_size is missing: give batch_size (an int >= 2) or a partition")
     else:
         partitions = draw_partitions(query.shape[0], batch_size, rounds, batch=batch, seed=seed, device=query.device)
+    return attend_in_partitions(
+        query, key, value, partitions,
+        estimator=estimator, interaction=interaction, scale=scale, dropout_p=dropout_p, backend=backend,
+    )  # fmt: skip
+
+
+def attend_in_partitions(
+    query: Float[Tensor, "n h d"],
+    key: Float[Tensor, "n h d"],
+    value: Float[Tensor, "n h dv"],
+    partitions: Sequence[Partition],
+    *,
+    estimator: str = "plain",
+    interaction: str = "softmax",
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+) -> Float[Tensor, "n h dv"]:
+    """The op once its partitions are known: one estimate per partition, merged by their log-sum-exp."""
+    estimate, interact = pick_estimator(estimator), pick_interaction(interaction)
     options = Options(scale, dropout_p, backend, need_log_norm=len(partitions) > 1)
     merger = RoundMerger()
     for part in partitions:

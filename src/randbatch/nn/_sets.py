@@ -9,7 +9,7 @@ from torch import Tensor
 
 from randbatch._shapes import Bool, Int, Shaped
 
-__all__ = ["PaddedSets"]
+__all__ = ["PaddedSets", "kept_where_zero"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +27,7 @@ class PaddedSets:
     batch: Int[Tensor, " t"] | None
 
     @classmethod
-    def of(cls, x: Shaped[Tensor, "b n c"], keep: Bool[Tensor, "b n"] | None, name: str) -> PaddedSets:
+    def of(cls, x: Shaped[Tensor, "b n ..."], keep: Bool[Tensor, "b n"] | None, name: str) -> PaddedSets:
         """The sets in `x`, of which `keep` marks the real tokens. `name` is what the caller calls the mask."""
         num_sets, width = x.shape[:2]
         if keep is not None and keep.shape != (num_sets, width):
@@ -40,14 +40,24 @@ class PaddedSets:
             batch = rows.div(width, rounding_mode="floor")
         return cls((num_sets, width), rows, batch if num_sets > 1 else None)
 
-    def flatten(self, x: Shaped[Tensor, "b n c"]) -> Shaped[Tensor, "t c"]:
-        """`[B, N, C]` to the tokens `[T, C]`."""
+    def flatten(self, x: Shaped[Tensor, "b n ..."]) -> Shaped[Tensor, "t ..."]:
+        """`[B, N, …]` to the tokens `[T, …]`."""
         flat = x.flatten(0, 1)
         return flat if self.rows is None else flat.index_select(0, self.rows)
 
-    def restore(self, tokens: Shaped[Tensor, "t c"]) -> Shaped[Tensor, "b n c"]:
-        """Tokens `[T, C]` to `[B, N, C]`, zero where there is no token."""
+    def restore(self, tokens: Shaped[Tensor, "t ..."]) -> Shaped[Tensor, "b n ..."]:
+        """Tokens `[T, …]` to `[B, N, …]`, zero where there is no token."""
         if self.rows is not None:
             num_rows = self.shape[0] * self.shape[1]
-            tokens = tokens.new_zeros(num_rows, tokens.shape[1]).index_copy(0, self.rows, tokens)
+            tokens = tokens.new_zeros(num_rows, *tokens.shape[1:]).index_copy(0, self.rows, tokens)
         return tokens.unflatten(0, self.shape)
+
+
+def kept_where_zero(mask: Tensor, name: str) -> Tensor:
+    """True where an additive mask is 0, False where it is −inf or the dtype's lowest number; no other is taken."""
+    if not mask.is_floating_point():
+        raise TypeError(f"{name} must be bool or floating point, got {mask.dtype}")
+    ignored = mask <= torch.finfo(mask.dtype).min
+    if bool((mask[~ignored] != 0).any()):
+        raise ValueError(f"{name} must be 0 or -inf where it is floating point; a finite bias is not taken")
+    return ~ignored

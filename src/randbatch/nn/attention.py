@@ -12,15 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from randbatch._checks import check_batch_vector, check_choice, check_integer, check_probability
-from randbatch._shapes import Bool, Float, Int, Shaped
-from randbatch.estimators import ESTIMATORS, RoundMerger, pick_estimator
-from randbatch.functional import draw_partitions
+from randbatch._checks import check_choice, check_integer, check_probability
+from randbatch._shapes import Float, Int
+from randbatch.estimators import RoundMerger, pick_estimator
+from randbatch.functional import full_attention
 from randbatch.interactions import INTERACTIONS, Options, pick_interaction
-from randbatch.kernels import BACKENDS
-from randbatch.nn._sets import PaddedSets
+from randbatch.nn._sets import PaddedSets, kept_where_zero
+from randbatch.nn.sampling import Sampling
 
-__all__ = ["RandomBatchAttention"]
+__all__ = ["RandomBatchAttention", "no_fast_path"]
 
 
 class RandomBatchAttention(torch.nn.MultiheadAttention):
@@ -29,6 +29,8 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
     `out = W_o · concat_h Σ_{j∈C(i)} softmax_j(q_i·k_j / √D) v_j + b_o`, C(i) the random batch of token i. In training
     every call draws a fresh partition from torch's default CPU generator; in eval the partition depends on `seed`
     alone, so that predictions are deterministic.
+
+    The attribute `sampling` (a `randbatch.nn.Sampling`) holds `batch_size` to `seed`; change them there.
 
     A subclass of `torch.nn.MultiheadAttention`: parameters, initialisation and `state_dict` are the same, both ways.
 
@@ -87,17 +89,10 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
             raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
         check_probability("dropout", dropout)
         super().__init__(embed_dim, num_heads, dropout, bias, batch_first=batch_first, device=device, dtype=dtype)
-        check_choice("estimator", estimator, ESTIMATORS)
-        check_choice("interaction", interaction, INTERACTIONS)
-        self.batch_size = check_integer("batch_size", batch_size, 2)
-        self.estimator = estimator
-        self.rounds = check_integer("rounds", rounds, 1)
-        self.eval_rounds = rounds if eval_rounds is None else check_integer("eval_rounds", eval_rounds, 1)
-        self.interaction = interaction
-        self.backend = check_choice("backend", backend, ["auto", *BACKENDS])
-        self.seed = check_integer("seed", seed)
+        self.interaction = check_choice("interaction", interaction, INTERACTIONS)
+        self.sampling = Sampling(batch_size, estimator, rounds, eval_rounds, backend, seed)
         # TransformerEncoderLayer's fast path reads the weights and never calls forward; a hook turns it off.
-        self.register_forward_pre_hook(_no_fast_path)
+        self.register_forward_pre_hook(no_fast_path)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -118,8 +113,8 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
             query: flat tokens `[N, C]`, or padded sets `[B, N, C]` (`[N, B, C]` if not `batch_first`).
             key: like `query`; row i of query, key and value is one token. Default: `query`.
             value: like `query`. Default: `query`.
-            key_padding_mask: `[B, N]`, True or −inf where there is no token. Such a row takes no part, and its output
-                is zero. For padded sets only.
+            key_padding_mask: `[B, N]`, or `[N]` for one set `[N, C]`: True or −inf where there is no token. Such a row
+                takes no part, and its output is zero.
             need_weights: must be False: the weights of a random batch are not those of the whole set.
             attn_mask: must be None.
             average_attn_weights: taken for compatibility; it concerns weights, which are never returned.
@@ -140,19 +135,22 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
         key = query if key is None else key
         value = key if value is None else value
         self._check(query, key, value, need_weights, attn_mask, is_causal)
-        if query.dim() == 2:
-            if key_padding_mask is not None:
-                raise ValueError("key_padding_mask is for padded sets [B, N, C]; leave the rows out of flat tokens")
+        if query.dim() == 2 and key_padding_mask is None:
             out = self._attend(query, key, value, batch)
+        elif batch is not None:
+            raise ValueError("batch is for flat tokens [N, C] without key_padding_mask; leave the padding out of them")
         else:
-            if batch is not None:
-                raise ValueError("batch is for flat tokens [N, C]; padded sets [B, N, C] take key_padding_mask")
             out = self._attend_padded(query, key, value, key_padding_mask)
         return (out, None) if as_torch else out
 
     def _check(
         self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, attn_mask: Tensor | None, is_causal: bool
     ) -> None:
+        if query.is_nested:
+            raise TypeError(
+                "query must not be a nested tensor: set `use_nested_tensor = False` on the TransformerEncoder, or "
+                "convert the whole encoder, which does so"
+            )
         if query.dim() not in (2, 3) or query.shape[-1] != self.embed_dim:
             raise ValueError(
                 f"query must be [N, {self.embed_dim}] or [B, N, {self.embed_dim}], got {list(query.shape)}"
@@ -173,9 +171,14 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
             raise ValueError("is_causal must be False: a random batch has no order")
 
     def _attend_padded(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None) -> Tensor:
+        if query.dim() == 2:  # one set with padding, as torch takes it too
+            sets = _map_distinct(lambda x: x.unsqueeze(0 if self.batch_first else 1), query, key, value)
+            return self._attend_padded(*sets, None if padding is None else padding.unsqueeze(0)).flatten(0, 1)
         if not self.batch_first:
             query, key, value = _map_distinct(lambda x: x.transpose(0, 1), query, key, value)
-        sets = PaddedSets.of(query, None if padding is None else _kept(padding), "key_padding_mask")
+        if padding is not None:  # torch's True means no token
+            padding = ~padding if padding.dtype == torch.bool else kept_where_zero(padding, "key_padding_mask")
+        sets = PaddedSets.of(query, padding, "key_padding_mask")
         out = sets.restore(self._attend(*_map_distinct(sets.flatten, query, key, value), sets.batch))
         return out if self.batch_first else out.transpose(0, 1)
 
@@ -186,18 +189,13 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
         value: Float[Tensor, "n c"],
         batch: Int[Tensor, " n"] | None,
     ) -> Float[Tensor, "n c"]:
-        check_batch_vector(batch, query.shape[0], query.device)
-        rounds = self.rounds if self.training else self.eval_rounds
-        partitions = draw_partitions(
-            query.shape[0],
-            self.batch_size,
-            rounds,
-            batch=batch,
-            seed=None if self.training else self.seed,
-            device=query.device,
-        )
-        estimate, interact = pick_estimator(self.estimator), pick_interaction(self.interaction)
-        options = Options(None, self.dropout if self.training else 0.0, self.backend, need_log_norm=rounds > 1)
+        sampling = self.sampling
+        if sampling.exact_eval and not self.training and self.interaction == "softmax":
+            return self.out_proj(full_attention(*self._project(query, key, value), batch=batch).flatten(1))
+        partitions = sampling.draw(query.shape[0], self.training, batch=batch, device=query.device)
+        estimate, interact = pick_estimator(sampling.estimator), pick_interaction(self.interaction)
+        dropout_p = self.dropout if self.training else 0.0
+        options = Options(None, dropout_p, sampling.backend, need_log_norm=len(partitions) > 1)
         merger = RoundMerger()
         for part in partitions:
             # Moving the C channels before the projection costs a third of moving query, key and value after it.
@@ -219,6 +217,10 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
             ]
         return [x.unflatten(-1, (self.num_heads, self.head_dim)) for x in projected]
 
+    def extra_repr(self) -> str:
+        """What `print(module)` shows."""
+        return self.sampling.describe()
+
 
 def _map_distinct(
     function: Callable[[Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor
@@ -228,17 +230,5 @@ def _map_distinct(
     return done[id(query)], done[id(key)], done[id(value)]
 
 
-def _no_fast_path(module: torch.nn.Module, args: Any) -> None:
-    return None
-
-
-def _kept(padding: Shaped[Tensor, "b n"]) -> Bool[Tensor, "b n"]:
-    """True where there is a token, from torch's padding mask (bool, True = none; or float, −inf = none)."""
-    if padding.dtype == torch.bool:
-        return ~padding
-    if not padding.is_floating_point():
-        raise TypeError(f"key_padding_mask must be bool or floating point, got {padding.dtype}")
-    ignored = padding == -torch.inf
-    if bool((padding[~ignored] != 0).any()):
-        raise ValueError("key_padding_mask must be 0 or -inf where it is floating point; a finite bias is not taken")
-    return ~ignored
+def no_fast_path(module: torch.nn.Module, args: Any) -> None:
+    """A forward pre-hook that does nothing: where there is a hook, torch's encoder layer calls `forward`."""

@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from randbatch._checks import check_batch_vector, check_integer
 from randbatch._shapes import Bool, Float, Int
-from randbatch.nn._sets import PaddedSets
-from randbatch.partition import draw_seed, random_partition
+from randbatch.nn.sampling import Sampling, apply_in_batches
 
 __all__ = ["RandomBatch"]
 
@@ -27,7 +25,10 @@ class RandomBatch(torch.nn.Module):
         module: any module that maps `[B, N, C]` to `[B, N, C']`, treats the B sets alike and does not depend on the
             order of the N.
         batch_size: p >= 2, tokens in a random batch.
-        seed: the partition of eval. Give each layer of a stack its own. Default: 0.
+        rounds: R >= 1 partitions per call in training. Their outputs are averaged: a module that returns no
+            denominators leaves nothing else to merge. Default: 1.
+        eval_rounds: R in eval. Default: the same as `rounds`.
+        seed: the partitions of eval. Give each layer of a stack its own. Default: 0.
 
     Raises:
         TypeError: `module` is not a module or `batch_size` not an int.
@@ -39,13 +40,20 @@ class RandomBatch(torch.nn.Module):
         torch.Size([1000, 32])
     """
 
-    def __init__(self, module: torch.nn.Module, batch_size: int, *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        batch_size: int,
+        *,
+        rounds: int = 1,
+        eval_rounds: int | None = None,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
         if not isinstance(module, torch.nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
         self.module = module
-        self.batch_size = check_integer("batch_size", batch_size, 2)
-        self.seed = check_integer("seed", seed)
+        self.sampling = Sampling(batch_size, rounds=rounds, eval_rounds=eval_rounds, seed=seed)
 
     def forward(
         self,
@@ -68,30 +76,8 @@ class RandomBatch(torch.nn.Module):
             TypeError: `mask` is not bool or `batch` not an integer vector.
             ValueError: shapes that do not fit, or an output of the module that is not `[B, N, C']`.
         """
-        if x.dim() == 2:
-            if mask is not None:
-                raise ValueError("mask is for padded sets [B, N, C]; flat tokens [N, C] take batch")
-            return self._apply_in_batches(x, batch)
-        if x.dim() != 3:
-            raise ValueError(f"x must be [N, C] or [B, N, C], got {list(x.shape)}")
-        if batch is not None:
-            raise ValueError("batch is for flat tokens [N, C]; padded sets [B, N, C] take mask")
-        if mask is not None and mask.dtype != torch.bool:
-            raise TypeError(f"mask must be bool, got {mask.dtype}")
-        sets = PaddedSets.of(x, mask, "mask")
-        return sets.restore(self._apply_in_batches(sets.flatten(x), sets.batch))
-
-    def _apply_in_batches(self, x: Tensor, batch: Tensor | None) -> Tensor:
-        check_batch_vector(batch, x.shape[0], x.device)
-        seed = draw_seed() if self.training else self.seed
-        part = random_partition(x.shape[0], self.batch_size, batch=batch, seed=seed, device=x.device)
-        blocks = part.split(part.pack(x)) or [x.unsqueeze(0)]  # no token: the module still decides the output's width
-        outs = [self.module(block) for block in blocks]
-        for block, out in zip(blocks, outs, strict=True):
-            if out.shape[:2] != block.shape[:2]:
-                raise ValueError(f"module must map {list(block.shape)} to [B, N, C'], it returned {list(out.shape)}")
-        return part.unpack(part.join(outs))
+        return apply_in_batches(self.sampling, self.training, self.module, x, mask, batch)
 
     def extra_repr(self) -> str:
         """What `print(module)` shows."""
-        return f"batch_size={self.batch_size}, seed={self.seed}"
+        return self.sampling.describe()

@@ -1,0 +1,80 @@
+"""Rules for torch's own modules: `MultiheadAttention`, and the encoder and decoder around it."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from randbatch.integrations.rules import Ancestors, Rule, Undo, add_rule, make_subclass
+from randbatch.nn.attention import RandomBatchAttention, no_fast_path
+from randbatch.nn.sampling import Sampling
+
+__all__: list[str] = []
+
+
+def _why_not(module: nn.Module, ancestors: Ancestors) -> str | None:
+    attention: Any = module
+    if any(isinstance(ancestor, nn.TransformerDecoderLayer) for ancestor in ancestors):
+        return "it belongs to a decoder layer: causal self-attention and cross-attention have no random batches"
+    if not attention._qkv_same_embed_dim:
+        return f"it is cross-attention: kdim {attention.kdim} or vdim {attention.vdim} is not embed_dim"
+    if attention.bias_k is not None or attention.add_zero_attn:
+        return "add_bias_kv and add_zero_attn put a token into every set that belongs to no batch"
+    return None
+
+
+@cache
+def _subclass(original: type[Any]) -> type[nn.Module]:
+    """`RandomBatchAttention` with the methods of a subclass that leaves torch's forward alone."""
+    if original is nn.MultiheadAttention:
+        return RandomBatchAttention
+    return make_subclass((RandomBatchAttention, original), _subclass, {})
+
+
+def _swap(module: nn.Module, sampling: Sampling) -> Undo:
+    attention: Any = module
+    original = type(module)
+    attention.__class__ = _subclass(original)
+    attention.interaction = "softmax"
+    attention.sampling = sampling
+    hook = module.register_forward_pre_hook(no_fast_path)
+
+    def undo() -> None:
+        hook.remove()
+        del attention.sampling, attention.interaction
+        attention.__class__ = original
+
+    return undo
+
+
+def _no_nested_tensors(module: nn.Module, sampling: Sampling) -> Undo:
+    encoder: Any = module
+    before = encoder.use_nested_tensor
+    encoder.use_nested_tensor = False
+
+    def undo() -> None:
+        encoder.use_nested_tensor = before
+
+    return undo
+
+
+add_rule(
+    nn.MultiheadAttention,
+    Rule(
+        "torch attention",
+        "a token attends to its random batch; weights, causal masks and masks between tokens are refused when called",
+        _swap,
+        _why_not,
+    ),
+)
+add_rule(
+    nn.TransformerEncoder,
+    Rule(
+        "torch encoder",
+        "no nested tensors and no fused fast path in eval; padded rows come out as the layers make them, not as zeros",
+        _no_nested_tensors,
+        around=lambda module: module.modules() if module.use_nested_tensor else (),
+    ),
+)

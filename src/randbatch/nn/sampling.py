@@ -1,0 +1,210 @@
+"""What a module with random batches holds besides its weights, and what it does with it.
+
+Shape letters: N tokens, B padded sets, H heads, D head size of query and key, Dv of value, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from randbatch._checks import check_batch_vector, check_choice, check_integer, check_qkv
+from randbatch._shapes import Bool, Int, Shaped
+from randbatch.estimators import ESTIMATORS
+from randbatch.functional import attend_in_partitions, draw_partitions, full_attention
+from randbatch.kernels import BACKENDS
+from randbatch.nn._sets import PaddedSets
+from randbatch.partition import Partition, fold_seed
+
+__all__ = ["Sampling", "apply_in_batches", "attend_in_batches", "set_inference"]
+
+
+@dataclass
+class Sampling:
+    """How a module draws its random batches: the attribute `sampling` of every module that has some.
+
+    The fields may be changed at any time, and the next call follows them. In training every call draws fresh
+    partitions from torch's default CPU generator; in eval they depend on `seed` alone.
+
+    Args:
+        batch_size: p >= 2, tokens in a random batch.
+        estimator: how in-batch softmax attention estimates full attention.
+        rounds: R >= 1, partitions per call in training.
+        eval_rounds: R in eval. Default: the same as `rounds`.
+        backend: of softmax attention.
+        seed: the partitions of eval.
+        exact_eval: in eval, one batch holds each whole set: no sampling at all.
+
+    Raises:
+        TypeError: an argument that must be an int is not.
+        ValueError: a number out of range or an unknown name.
+    """
+
+    batch_size: int
+    estimator: str = "plain"
+    rounds: int = 1
+    eval_rounds: int | None = None
+    backend: str = "auto"
+    seed: int = 0
+    exact_eval: bool = False
+
+    def __post_init__(self) -> None:
+        check_integer("batch_size", self.batch_size, 2)
+        check_choice("estimator", self.estimator, ESTIMATORS)
+        check_integer("rounds", self.rounds, 1)
+        if self.eval_rounds is not None:
+            check_integer("eval_rounds", self.eval_rounds, 1)
+        check_choice("backend", self.backend, ["auto", *BACKENDS])
+        check_integer("seed", self.seed)
+
+    def draw(
+        self,
+        num_tokens: int,
+        training: bool,
+        *,
+        batch: Int[Tensor, " n"] | None = None,
+        device: torch.device | None = None,
+    ) -> list[Partition]:
+        """The partitions of one call."""
+        check_batch_vector(batch, num_tokens, torch.device("cpu") if device is None else device)
+        exact = self.exact_eval and not training
+        rounds = self.rounds if training or self.eval_rounds is None else self.eval_rounds
+        return draw_partitions(
+            num_tokens,
+            max(num_tokens, 2) if exact else self.batch_size,
+            1 if exact else rounds,
+            batch=batch,
+            seed=None if training else self.seed,
+            device=device,
+        )
+
+    def describe(self) -> str:
+        """What `print(module)` shows."""
+        rounds = f"{self.rounds}" if self.eval_rounds is None else f"{self.rounds}, eval_rounds={self.eval_rounds}"
+        exact = ", exact_eval=True" if self.exact_eval else ""
+        return f"batch_size={self.batch_size}, estimator={self.estimator!r}, rounds={rounds}, seed={self.seed}{exact}"
+
+
+def attend_in_batches(
+    sampling: Sampling,
+    training: bool,
+    query: Shaped[Tensor, "... h d"],
+    key: Shaped[Tensor, "... h d"],
+    value: Shaped[Tensor, "... h dv"],
+    *,
+    mask: Bool[Tensor, "b n"] | None = None,
+    batch: Int[Tensor, " n"] | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> Shaped[Tensor, "... h dv"]:
+    """Softmax attention of projected tokens, as `sampling` says; `dropout_p` counts in training only.
+
+    Query, key and value are flat tokens `[N, H, D]` with `batch`, or padded sets `[B, N, H, D]` with `mask`
+    (True = token); rows without a token come back as zeros.
+    """
+    if query.dim() == 4:
+        if batch is not None:
+            raise ValueError("batch is for flat tokens [N, H, D]; padded sets [B, N, H, D] take mask")
+        sets = PaddedSets.of(query, mask, "mask")
+        flat = [sets.flatten(tensor) for tensor in (query, key, value)]
+        out = attend_in_batches(sampling, training, *flat, batch=sets.batch, scale=scale, dropout_p=dropout_p)
+        return sets.restore(out)
+    if mask is not None:
+        raise ValueError("mask is for padded sets [B, N, H, D]; flat tokens [N, H, D] take batch")
+    if sampling.exact_eval and not training:
+        return full_attention(query, key, value, batch=batch, scale=scale)
+    check_qkv(query, key, value)
+    partitions = sampling.draw(query.shape[0], training, batch=batch, device=query.device)
+    return attend_in_partitions(
+        query, key, value, partitions,
+        estimator=sampling.estimator, scale=scale, dropout_p=dropout_p if training else 0.0, backend=sampling.backend,
+    )  # fmt: skip
+
+
+def apply_in_batches(
+    sampling: Sampling,
+    training: bool,
+    function: Callable[[Tensor], Tensor],
+    x: Shaped[Tensor, "n c"] | Shaped[Tensor, "b n c"],
+    mask: Bool[Tensor, "b n"] | None = None,
+    batch: Int[Tensor, " n"] | None = None,
+) -> Tensor:
+    """A function over sets, `[M, P, C] -> [M, P, C']`, inside random batches; several rounds are averaged.
+
+    It gets whole batches of equal size, never padding. `x` is flat tokens `[N, C]` with `batch`, or padded sets
+    `[B, N, C]` with `mask` (True = token); rows without a token come back as zeros.
+    """
+    if x.dim() == 3:
+        if batch is not None:
+            raise ValueError("batch is for flat tokens [N, C]; padded sets [B, N, C] take mask")
+        if mask is not None and mask.dtype != torch.bool:
+            raise TypeError(f"mask must be bool, got {mask.dtype}")
+        sets = PaddedSets.of(x, mask, "mask")
+        return sets.restore(apply_in_batches(sampling, training, function, sets.flatten(x), batch=sets.batch))
+    if x.dim() != 2:
+        raise ValueError(f"x must be [N, C] or [B, N, C], got {list(x.shape)}")
+    if mask is not None:
+        raise ValueError("mask is for padded sets [B, N, C]; flat tokens [N, C] take batch")
+    partitions = sampling.draw(x.shape[0], training, batch=batch, device=x.device)
+    total = _apply(function, x, partitions[0])
+    for part in partitions[1:]:
+        total = total + _apply(function, x, part)
+    return total if len(partitions) == 1 else total / len(partitions)
+
+
+def _apply(function: Callable[[Tensor], Tensor], x: Tensor, part: Partition) -> Tensor:
+    blocks = part.split(part.pack(x)) or [x.unsqueeze(0)]  # no token: the function still decides the output's width
+    outs = [function(block) for block in blocks]
+    for block, out in zip(blocks, outs, strict=True):
+        if out.shape[:2] != block.shape[:2]:
+            raise ValueError(f"the module must map {list(block.shape)} to [B, N, C'], it returned {list(out.shape)}")
+    return part.unpack(part.join(outs))
+
+
+def set_inference(model: nn.Module, mode: str = "rounds", *, rounds: int | None = None, seed: int = 0) -> int:
+    """Choose how a model with random batches predicts in eval; training is not changed.
+
+    Args:
+        model: any model that holds such modules (`RandomBatchAttention`, `RandomBatch`, whatever `convert` made).
+        mode: `"exact"`: attention over each whole set, O(N²) time and O(N) memory for softmax; `"rounds"`: random
+            batches, `rounds` partitions per layer.
+        rounds: R >= 1, for `"rounds"` only. Default: 1.
+        seed: the partitions of eval; each module derives its own, so that layers do not share their batches.
+
+    Returns:
+        How many modules were set.
+
+    Raises:
+        TypeError: `rounds` or `seed` is not an int.
+        ValueError: an unknown mode, `rounds` given with `"exact"`, or no module with random batches in the model.
+
+    Example:
+        >>> layer = torch.nn.TransformerEncoderLayer(16, 4, batch_first=True)
+        >>> import randbatch as rb
+        >>> _ = rb.convert(layer, batch_size=8)
+        >>> rb.set_inference(layer, mode="exact")
+        1
+    """
+    check_choice("mode", mode, ("exact", "rounds"))
+    if rounds is not None and mode == "exact":
+        raise ValueError(f"rounds must be left out with mode 'exact', got {rounds}")
+    rounds = check_integer("rounds", 1 if rounds is None else rounds, 1)
+    check_integer("seed", seed)
+    found = [sampling for module in model.modules() if (sampling := sampling_of(module)) is not None]
+    if not found:
+        raise ValueError(f"model must hold a module with random batches, but {type(model).__name__} holds none")
+    for position, sampling in enumerate(found):
+        sampling.exact_eval = mode == "exact"
+        if mode == "rounds":
+            sampling.eval_rounds = rounds
+            sampling.seed = fold_seed(seed, position)
+    return len(found)
+
+
+def sampling_of(module: nn.Module) -> Sampling | None:
+    """How `module` draws its random batches; None if it has none."""
+    sampling = getattr(module, "sampling", None)
+    return sampling if isinstance(sampling, Sampling) else None

@@ -1,0 +1,101 @@
+"""What every rule of `convert` must show: the random batch path runs, and one batch is the unconverted model."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import randbatch as rb
+from randbatch.nn import Sampling
+
+ONE_BATCH = 10**6
+FLOAT64 = {"rtol": 1e-10, "atol": 1e-10}
+
+
+class Calls:
+    """How often partitions were drawn."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        draw = Sampling.draw
+
+        def counted(*args, **kwargs):
+            self.count += 1
+            return draw(*args, **kwargs)
+
+        monkeypatch.setattr(Sampling, "draw", counted)
+
+
+def outputs_and_gradients(model: nn.Module, call: Callable[[nn.Module], Tensor], grad: bool) -> list[Tensor]:
+    """The output, and the gradients of all parameters that have one."""
+    torch.manual_seed(1)
+    with torch.set_grad_enabled(grad):
+        out = call(model)
+    if not grad:
+        return [out]
+    model.zero_grad()
+    out.sin().sum().backward()
+    return [out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def check(
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[], nn.Module],
+    call: Callable[[nn.Module], Tensor],
+    *,
+    modules: int,
+    batch_size: int = 8,
+    random: bool = True,
+) -> rb.ConversionReport:
+    """`call(model)` before and after, in train and eval, with and without gradients; `modules` is how many attend.
+
+    `call` makes its inputs in the model's dtype. `make` must have no dropout: its masks would be drawn elsewhere.
+    """
+    original = make().double()
+    for parameter in original.parameters():  # no zero biases, no unit scales
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    calls = Calls(monkeypatch)
+    report = rb.convert(copy.deepcopy(original), ONE_BATCH)
+    for training in (True, False):
+        for grad in (True, False):
+            reference = copy.deepcopy(original).train(training)
+            want = outputs_and_gradients(reference, call, grad)
+            model = copy.deepcopy(original).train(training)
+            report = rb.convert(model, ONE_BATCH)
+            assert all(module.training is training for module in model.modules())
+            calls.count = 0
+            got = outputs_and_gradients(model, call, grad)
+            assert calls.count == modules, f"random batches ran {calls.count} times, not {modules}"
+            torch.testing.assert_close(got, want, **FLOAT64)
+            _check_float32(original, call, want, training, grad)
+            if random:
+                _check_random(original, call, want[0], training, grad, batch_size)
+    return report
+
+
+def _check_float32(original: nn.Module, call, want: list[Tensor], training: bool, grad: bool) -> None:
+    """The converted model's rounding error is not above twice that of the unconverted one.
+
+    Some gradients are zero but for rounding (a key's bias shifts all logits of a row), so the unit in the last place of
+    the largest one is allowed to each.
+    """
+    reference = copy.deepcopy(original).float().train(training)
+    model = copy.deepcopy(original).float().train(training)
+    rb.convert(model, ONE_BATCH)
+    theirs, ours = (outputs_and_gradients(m, call, grad) for m in (reference, model))
+    noise = torch.finfo(torch.float32).eps * max(exact.norm() for exact in want)
+    for exact, plain, random in zip(want, theirs, ours, strict=True):
+        assert (random - exact).norm() <= 2 * (plain - exact).norm() + noise
+
+
+def _check_random(original: nn.Module, call, want: Tensor, training: bool, grad: bool, batch_size: int) -> None:
+    """Small batches give something else, which eval repeats and training does not."""
+    model = copy.deepcopy(original).train(training)
+    rb.convert(model, batch_size)
+    with torch.set_grad_enabled(grad):
+        first, second = call(model), call(model)
+    assert first.isfinite().all()
+    assert not torch.allclose(first, want)
+    assert torch.equal(first, second) is not training

@@ -1,0 +1,484 @@
+"""`convert` on torch's modules and on classes taught by users; the report; what is refused, and undone."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from converting import FLOAT64, ONE_BATCH, Calls, check
+from torch import Tensor, nn
+
+import randbatch as rb
+from randbatch.nn import RandomBatchAttention, Sampling
+
+PADDING = torch.arange(11) >= torch.tensor([11, 4, 7]).unsqueeze(1)
+
+
+def make_input(model: nn.Module, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(*shape, 16, generator=generator, dtype=torch.float64).to(next(model.parameters()).dtype)
+
+
+def encoder(layers: int = 2, **options) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True, **options)
+    return nn.TransformerEncoder(layer, layers, enable_nested_tensor=not options.get("norm_first", False))
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_multihead_attention(batch_first: bool, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(model: nn.Module) -> Tensor:
+        x = make_input(model, 3, 11)
+        x = x if batch_first else x.transpose(0, 1)
+        out, weights = model(x, x, x, key_padding_mask=PADDING, need_weights=False)
+        assert weights is None
+        return (out if batch_first else out.transpose(0, 1))[~PADDING]
+
+    check(
+        monkeypatch,
+        lambda: nn.MultiheadAttention(16, 4, bias=bias, batch_first=batch_first),
+        call,
+        modules=1,
+        batch_size=3,
+    )
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("padded", [True, False])
+def test_encoder(norm_first: bool, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In eval without gradients torch's fast path and nested tensors would skip the converted attention."""
+
+    def call(model: nn.Module) -> Tensor:
+        out = model(make_input(model, 3, 11), src_key_padding_mask=PADDING if padded else None)
+        return out[~PADDING] if padded else out
+
+    check(monkeypatch, lambda: encoder(norm_first=norm_first), call, modules=2, batch_size=3)
+
+
+def test_encoder_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make() -> nn.Module:
+        return nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+
+    check(monkeypatch, make, lambda model: model(make_input(model, 2, 11)), modules=1, batch_size=3)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused_where_the_encoder_was_not_converted() -> None:
+    model = encoder().eval()
+    rb.convert(model.layers, 4)
+    with torch.no_grad(), pytest.raises(TypeError, match="use_nested_tensor"):
+        model(torch.randn(3, 11, 16), src_key_padding_mask=PADDING)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.filterwarnings("ignore")  # what torch itself warns of in its own cases
+@pytest.mark.parametrize("name", ["nn.MultiheadAttention", "nn.TransformerEncoderLayer", "nn.TransformerEncoder"])
+def test_torchs_own_module_inputs(name: str, training: bool) -> None:
+    """Every input that torch's test suite has for these modules: the same answer, or a refusal that says why."""
+    from torch.testing._internal.common_modules import module_db
+
+    info = next(info for info in module_db if info.name == name)
+    inputs = info.module_inputs_func(info, device="cpu", dtype=torch.float64, requires_grad=False, training=training)
+    answered = refused = 0
+    for case in inputs:
+        options = case.constructor_input.kwargs
+        torch.manual_seed(0)
+        original = info.module_cls(*case.constructor_input.args, **options).double().train(training)
+        model = copy.deepcopy(original)
+        try:
+            rb.convert(model, ONE_BATCH)
+        except ValueError as error:
+            assert "add_bias_kv" in str(error) or "cross-attention" in str(error)
+            refused += 1
+            continue
+        arguments = case.forward_input
+        try:
+            got = model(*arguments.args, **arguments.kwargs)
+        except ValueError as error:
+            assert any(reason in str(error) for reason in ("attn_mask", "need_weights", "is_causal", "self-attention"))
+            refused += 1
+            continue
+        want = original(*arguments.args, **arguments.kwargs)
+        got, want = (out[0] if isinstance(out, tuple) else out for out in (got, want))
+        padding = arguments.kwargs.get("key_padding_mask", arguments.kwargs.get("src_key_padding_mask"))
+        if padding is not None:  # a padded row gives zero here and something of no meaning there
+            turn = got.dim() == 3 and not case.constructor_input.kwargs.get("batch_first", options.get("batch_first"))
+            got, want = ((out.transpose(0, 1) if turn else out)[~padding] for out in (got, want))
+        torch.testing.assert_close(got, want, **FLOAT64)
+        answered += 1
+    assert answered >= 2
+    assert answered + refused == len(inputs)
+
+
+class HandWritten(nn.Module):
+    """Attention as one finds it in repositories."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (4, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        weights = torch.softmax(q @ k.mT / 2, dim=-1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+
+class Linear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = self.q(x).sigmoid(), self.k(x).sigmoid(), self.v(x)
+        return q @ (k.mT @ v) / (q @ k.sum(1).unsqueeze(2))
+
+
+class CallsSDPA(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, x: Tensor, **options) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2).flatten(2)
+
+
+@rb.convert.register(HandWritten)
+def _attend(module: HandWritten, batches: rb.integrations.RandomBatches, x: Tensor) -> Tensor:
+    q, k, v = (f(x).unflatten(-1, (4, 4)) for f in (module.q, module.k, module.v))
+    return module.out(batches.attend(q, k, v).flatten(-2))
+
+
+@rb.convert.register(Linear)
+def _apply(module: Linear, batches: rb.integrations.RandomBatches, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    return batches.apply(batches.forward, x, mask=mask)
+
+
+rb.convert.register(CallsSDPA)(rb.convert.through_sdpa)
+
+
+@pytest.mark.parametrize("cls", [HandWritten, Linear, CallsSDPA])
+def test_registered_classes(cls: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(model: nn.Module) -> Tensor:
+        return model(make_input(model, 3, 11))
+
+    report = check(monkeypatch, cls, call, modules=1, batch_size=3)
+    assert report.converted[0].rule == f"registered for {cls.__name__}"
+
+
+def test_masks_of_keys_reach_sdpa() -> None:
+    model = CallsSDPA().double()
+    x = make_input(model, 3, 11)
+    additive = torch.zeros(3, 1, 1, 11, dtype=torch.float64).masked_fill(PADDING[:, None, None], -torch.inf)
+    want = model(x, attn_mask=additive)
+    rb.convert(model, ONE_BATCH)
+    for mask in (additive, ~PADDING[:, None, None]):
+        torch.testing.assert_close(model(x, attn_mask=mask)[~PADDING], want[~PADDING], **FLOAT64)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"is_causal": True}, "no order"),
+        ({"attn_mask": torch.zeros(11, 11)}, r"\[B, 1, 1, N\], got \[11, 11\]"),
+        ({"attn_mask": torch.full((1, 1, 1, 11), 0.5)}, "finite bias"),
+    ],
+)
+def test_what_sdpa_is_refused(options: dict, message: str) -> None:
+    rb.convert(model := CallsSDPA(), 4)
+    with pytest.raises(ValueError, match=message):
+        model(torch.randn(3, 11, 16), **options)
+
+
+def test_an_adapter_that_finds_no_sdpa_says_so() -> None:
+    class NeverCalls(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    rb.convert.register(NeverCalls)(rb.convert.through_sdpa)
+    rb.convert(model := NeverCalls(), 4)
+    with pytest.raises(RuntimeError, match=r"never called F\.scaled_dot_product_attention"):
+        model(torch.randn(1, 2, 3, 4))
+
+
+def snapshot(model: nn.Module) -> list:
+    """All that conversion could touch."""
+    return [
+        (name, type(module), sorted(vars(module)), len(module._forward_pre_hooks), module.training)
+        for name, module in model.named_modules()
+    ]
+
+
+def test_conversion_keeps_everything_and_undo_restores_it() -> None:
+    model = nn.Sequential(encoder(), HandWritten(), nn.MultiheadAttention(16, 2)).double().eval()
+    model[1].register_forward_hook(lambda *arguments: None)
+    model[2].register_forward_pre_hook(lambda *arguments: None)
+    before, state = snapshot(model), {key: value.clone() for key, value in model.state_dict().items()}
+    pointers = [parameter.data_ptr() for parameter in model.parameters()]
+    report = rb.convert(model, 4)
+    assert [row.path for row in report.converted] == [
+        "0.layers.0.self_attn", "0.layers.1.self_attn", "1", "2", "0",
+    ]  # fmt: skip
+    assert [parameter.data_ptr() for parameter in model.parameters()] == pointers
+    assert isinstance(model[1], HandWritten)
+    assert len(model[1]._forward_hooks) == 1
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+    report.undo()
+    assert snapshot(model) == before
+    assert model[0].use_nested_tensor
+    report.undo()  # nothing is left to undo
+    assert snapshot(model) == before
+
+
+def test_state_dicts_go_both_ways() -> None:
+    original, model = encoder().double(), encoder().double()
+    rb.convert(model, ONE_BATCH)
+    x = torch.randn(2, 11, 16, dtype=torch.float64)
+    original.load_state_dict(model.state_dict())
+    torch.testing.assert_close(original(x), model(x), **FLOAT64)
+    for parameter in original.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    model.load_state_dict(original.state_dict())
+    torch.testing.assert_close(original(x), model(x), **FLOAT64)
+
+
+def test_converting_twice_changes_the_settings_only() -> None:
+    model = nn.Sequential(encoder(), HandWritten())
+    first = rb.convert(model, 4)
+    settings = [copy.copy(module.sampling) for module in model.modules() if hasattr(module, "sampling")]
+    classes = snapshot(model)
+    again = rb.convert(model, 4)
+    assert snapshot(model) == classes
+    assert [module.sampling for module in model.modules() if hasattr(module, "sampling")] == settings
+    assert {row.rule for row in again.converted} == {"random batches already"}
+    last = rb.convert(model, 8, rounds=2)
+    assert model[1].sampling == Sampling(8, rounds=2, seed=settings[-1].seed)
+    last.undo()
+    assert model[1].sampling == settings[-1]
+    again.undo()
+    first.undo()
+    assert type(model[1]) is HandWritten
+
+
+def test_a_shared_module_is_converted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = HandWritten()
+    model = nn.Sequential(shared, shared)
+    report = rb.convert(model, 4)
+    assert [row.path for row in report.converted] == ["0"]
+    calls = Calls(monkeypatch)
+    model(torch.randn(1, 9, 16))
+    assert calls.count == 2
+
+
+def test_each_module_has_its_own_eval_seed() -> None:
+    model = encoder(layers=4)
+    rb.convert(model, 4, seed=5)
+    seeds = [layer.self_attn.sampling.seed for layer in model.layers]
+    assert len(set(seeds)) == 4
+    other = encoder(layers=4)
+    rb.convert(other, 4, seed=5)
+    assert [layer.self_attn.sampling.seed for layer in other.layers] == seeds
+
+
+@pytest.mark.parametrize("where", ["layers.1.*", lambda path, module: path.startswith("layers.1")])
+def test_where(where) -> None:
+    model = encoder()
+    report = rb.convert(model, 4, where=where)
+    assert type(model.layers[0].self_attn) is nn.MultiheadAttention
+    assert type(model.layers[1].self_attn) is RandomBatchAttention
+    assert [(row.path, row.reason) for row in report.left_alone] == [("layers.0.self_attn", "left out by `where`")]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize(
+    "cls", [HandWritten, Linear, CallsSDPA, lambda: nn.MultiheadAttention(16, 4), lambda: Mine(16, 4)]
+)
+def test_copies_are_converted_too(cls, copied) -> None:
+    model = cls().eval()
+    rb.convert(model, 4)
+    twin = copied(model)
+    assert type(twin) is type(model)
+    arguments = (torch.randn(13, 1, 16),) * (3 if isinstance(model, nn.MultiheadAttention) else 1)
+    torch.testing.assert_close(twin(*arguments), model(*arguments), rtol=0, atol=0)
+    twin.sampling.batch_size = 9
+    assert model.sampling.batch_size == 4
+
+
+class Mine(nn.MultiheadAttention):
+    """A subclass that leaves forward alone."""
+
+    def helper(self) -> int:
+        return 7
+
+
+class Theirs(nn.MultiheadAttention):
+    """A subclass with a forward of its own."""
+
+    def forward(self, *arguments, **options):
+        return super().forward(*arguments, **options)
+
+
+class LooksLikeAttention(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class HiddenSDPA(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+def test_a_subclass_keeps_its_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(model: nn.Module) -> Tensor:
+        assert model.helper() == 7
+        x = make_input(model, 3, 11)
+        return model(x, x, x, need_weights=False)[0]
+
+    check(monkeypatch, lambda: Mine(16, 4, batch_first=True), call, modules=1, batch_size=3)
+
+
+def test_what_is_left_alone_is_named() -> None:
+    replaced = nn.MultiheadAttention(16, 4)
+    replaced.forward = lambda *arguments, **options: None
+    model = nn.ModuleDict(
+        {
+            "ours": RandomBatchAttention(16, 4, 5),
+            "theirs": Theirs(16, 4),
+            "looks": LooksLikeAttention(),
+            "hidden": HiddenSDPA(),
+            "cross": nn.MultiheadAttention(16, 4, kdim=8),
+            "extra": nn.MultiheadAttention(16, 4, add_bias_kv=True),
+            "replaced": replaced,
+            "decoder": nn.TransformerDecoderLayer(16, 4),
+            "wrapped": rb.nn.RandomBatch(nn.TransformerEncoderLayer(16, 4), 5),
+            "other": nn.Linear(3, 3),
+        }
+    )
+    report = rb.convert(model, 4)
+    assert [row.path for row in report.converted] == ["ours", "wrapped"]
+    reasons = {row.path: row.reason for row in report.left_alone}
+    assert "overrides the forward of MultiheadAttention" in reasons.pop("theirs")
+    assert "rb.convert.register(LooksLikeAttention)" in reasons.pop("looks")
+    assert "rb.convert.register(HiddenSDPA)" in reasons.pop("hidden")
+    assert "kdim 8" in reasons.pop("cross")
+    assert "add_bias_kv" in reasons.pop("extra")
+    assert "replaced on the instance" in reasons.pop("replaced")
+    assert "decoder layer" in reasons.pop("decoder.self_attn")
+    assert "decoder layer" in reasons.pop("decoder.multihead_attn")
+    assert not reasons
+    assert model["ours"].sampling.batch_size == model["wrapped"].sampling.batch_size == 4
+    text = str(report)
+    assert "2 modules in random batches of 4" in text
+    assert all(row.reason in text for row in report.left_alone)
+
+
+def test_attention_inside_a_wrapper_is_not_converted_again() -> None:
+    wrapped = rb.nn.RandomBatch(nn.TransformerEncoderLayer(16, 4), 5)
+    rb.convert(wrapped, 7)
+    assert type(wrapped.module.self_attn) is nn.MultiheadAttention
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Linear(3, 3), "nothing in Linear looks like it"),
+        (LooksLikeAttention(), r"no rule knows LooksLikeAttention"),
+        (Theirs(16, 4), "overrides the forward"),
+        (nn.TransformerDecoderLayer(16, 4), "decoder layer"),
+    ],
+)
+def test_nothing_to_convert(model: nn.Module, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rb.convert(model, 4)
+
+
+def test_a_failure_leaves_the_model_as_it_was() -> None:
+    model = nn.Sequential(HandWritten(), HandWritten())
+    model[1].sampling = "a name that was taken"
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="`sampling` of its own"):
+        rb.convert(model, 4)
+    assert snapshot(model) == before
+
+
+@pytest.mark.unchecked
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((3, 4), {}, TypeError, "model must be a torch.nn.Module, got int"),
+        ((HandWritten(), 1), {}, ValueError, "batch_size must be at least 2, got 1"),
+        ((HandWritten(), 4.0), {}, TypeError, "batch_size must be an int"),
+        ((HandWritten(), 4), {"estimator": "plane"}, ValueError, "Did you mean 'plain'"),
+        ((HandWritten(), 4), {"rounds": 0}, ValueError, "rounds must be at least 1"),
+        ((HandWritten(), 4), {"backend": "spda"}, ValueError, "Did you mean 'sdpa'"),
+        ((HandWritten(), 4), {"seed": "x"}, TypeError, "seed must be an int"),
+        ((HandWritten(), 4), {"where": 3}, TypeError, "where must be a pattern or a function"),
+    ],
+)
+def test_bad_arguments(arguments: tuple, options: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        rb.convert(*arguments, **options)
+
+
+@pytest.mark.unchecked
+def test_bad_registrations() -> None:
+    with pytest.raises(TypeError, match="module_class must be a subclass"):
+        rb.convert.register(HandWritten())
+    with pytest.raises(TypeError, match="adapter must be callable"):
+        rb.convert.register(HandWritten)(3)
+
+
+class TestInference:
+    def model(self) -> nn.Module:
+        model = nn.Sequential(encoder(), HandWritten(), rb.nn.RandomBatch(Linear(), 4)).double()
+        rb.convert(model, 4)
+        return model.eval()
+
+    def test_exact_is_the_unconverted_model(self) -> None:
+        model = self.model()
+        x = torch.randn(2, 21, 16, dtype=torch.float64)
+        unconverted = nn.Sequential(encoder(), HandWritten(), Linear()).double().eval()
+        unconverted.load_state_dict({key.replace("2.module", "2"): value for key, value in model.state_dict().items()})
+        assert rb.set_inference(model, mode="exact") == 4
+        torch.testing.assert_close(model(x), unconverted(x), **FLOAT64)
+        model.train()
+        assert not torch.allclose(model(x), unconverted(x))
+
+    def test_rounds(self) -> None:
+        model = self.model()
+        x = torch.randn(2, 21, 16, dtype=torch.float64)
+        rb.set_inference(model, "exact")
+        exact = model(x)
+        errors = []
+        for rounds in (1, 8):
+            assert rb.set_inference(model, "rounds", rounds=rounds, seed=3) == 4
+            assert torch.equal(model(x), model(x))
+            errors.append((model(x) - exact).norm())
+        assert errors[1] < errors[0]
+        seeds = [module.sampling.seed for module in model.modules() if hasattr(module, "sampling")]
+        assert len(set(seeds)) == 4
+        before = model(x)
+        rb.set_inference(model, "rounds", rounds=8, seed=4)
+        assert not torch.equal(model(x), before)
+        rb.set_inference(model, "rounds", rounds=8, seed=3)
+        assert torch.equal(model(x), before)
+
+    @pytest.mark.unchecked
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"mode": "exakt"}, ValueError, "Did you mean 'exact'"),
+            ({"mode": "exact", "rounds": 2}, ValueError, "rounds must be left out"),
+            ({"mode": "rounds", "rounds": 0}, ValueError, "rounds must be at least 1"),
+            ({"mode": "rounds", "seed": None}, TypeError, "seed must be an int"),
+        ],
+    )
+    def test_bad_arguments(self, options: dict, error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            rb.set_inference(self.model(), **options)
+
+    def test_a_model_without_random_batches(self) -> None:
+        with pytest.raises(ValueError, match="Linear holds none"):
+            rb.set_inference(nn.Linear(2, 2), "exact")
