@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -372,6 +374,40 @@ def test_what_is_left_alone_is_named() -> None:
     text = str(report)
     assert "2 modules in random batches of 4" in text
     assert all(row.reason in text for row in report.left_alone)
+
+
+def test_where_reaches_inside_what_it_leaves_out() -> None:
+    class Outer(HandWritten):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.MultiheadAttention(16, 4)
+
+    model = nn.Sequential(Outer(), rb.nn.RandomBatch(encoder(), 5))
+    report = rb.convert(model, 4, where="0.inner")
+    assert [row.path for row in report.converted] == ["0.inner"]
+    assert [row.path for row in report.left_alone] == ["0", "1"]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_scripted_modules_are_not_touched() -> None:
+    with pytest.raises(ValueError, match="nothing in Sequential"):
+        rb.convert(nn.Sequential(torch.jit.script(nn.MultiheadAttention(16, 4))), 4)
+
+
+def test_compiled_code_is_made_anew() -> None:
+    """In a process of its own: the checks of shapes while tests run cannot be compiled."""
+    code = """
+import torch, randbatch as rb
+model = torch.nn.TransformerEncoderLayer(16, 4, dropout=0.0, batch_first=True).eval()
+compiled = torch.compile(model, backend="eager")
+x = torch.randn(1, 40, 16)
+before = compiled(x)
+rb.convert(model, 3)
+assert not torch.allclose(compiled(x), before)
+rb.set_inference(model, "exact")
+torch.testing.assert_close(compiled(x), before)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_attention_inside_a_wrapper_is_not_converted_again() -> None:

@@ -249,6 +249,15 @@ def test_undo_and_saved_models(tmp_path) -> None:
     torch.testing.assert_close(loaded(IDS, attention_mask=KEEP).last_hidden_state, want, **FLOAT64)
 
 
+def test_a_copy_is_converted_too() -> None:
+    model = bert().eval()
+    rb.convert(model, 3)
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(twin(IDS).last_hidden_state, model(IDS).last_hidden_state, rtol=0, atol=0)
+    rb.set_inference(twin, "exact")
+    assert not torch.allclose(twin(IDS).last_hidden_state, model(IDS).last_hidden_state)
+
+
 def test_modules_left_out_attend_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both layers share one config; the one that was left out still attends to everything."""
     model = bert().double().eval()

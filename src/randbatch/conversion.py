@@ -17,7 +17,7 @@ from randbatch.integrations.sdpa import through_sdpa
 from randbatch.nn.sampling import Sampling, sampling_of
 from randbatch.partition import fold_seed
 
-__all__ = ["ConversionReport", "Converted", "LeftAlone", "convert"]
+__all__ = ["ConversionReport", "Convert", "Converted", "LeftAlone", "convert"]
 
 Where = Callable[[str, nn.Module], bool]
 
@@ -94,8 +94,8 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
     return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in [head, *rows]]
 
 
-class _Convert:
-    """Put the attention of a model into random batches of p tokens, in place.
+class Convert:
+    """`randbatch.convert`: put the attention of a model into random batches of p tokens, in place.
 
     Parameters, `state_dict` keys, device, dtype, mode and hooks stay as they are; a module that occurs twice is
     converted once; a second call changes the settings of what is converted already. With `batch_size` >= N the
@@ -125,6 +125,7 @@ class _Convert:
         ValueError: nothing was converted (the message says what was left alone, and why), or a number out of range.
 
     Example:
+        >>> import torch
         >>> layer = torch.nn.TransformerEncoderLayer(16, 4, batch_first=True)
         >>> report = convert(layer, batch_size=64)
         >>> print(report)
@@ -194,6 +195,7 @@ class _Convert:
             TypeError: `module_class` is not a class of modules, or the adapter cannot be called.
 
         Example:
+            >>> import torch
             >>> class Attention(torch.nn.Module):
             ...     def forward(self, x):  # [B, N, C]
             ...         return torch.softmax(x @ x.mT, dim=-1) @ x
@@ -219,7 +221,7 @@ class _Convert:
         return add
 
 
-convert = _Convert()
+convert = Convert()
 
 
 def _as_predicate(where: str | Where | None) -> Where:
@@ -253,11 +255,12 @@ class _Plan:
         if rule is not None and not around:
             if self._where(path, module):
                 self.steps.append((path, module, rule))
-            else:
-                self._leave(path, module, "left out by `where`")
-            return True  # what is inside is the rule's concern
+                return True  # what is inside is the rule's concern
+            reason = "left out by `where`"
         if reason is not None and not is_swapped(module):
             self._leave(path, module, reason)
+        if rule is _AGAIN:
+            return True  # what is inside attends in random batches as it is
         inner = [
             self.visit(f"{path}.{name}" if path else name, child, (*ancestors, module))
             for name, child in module.named_children()
@@ -298,7 +301,7 @@ _AGAIN = Rule("random batches already", "it takes the new settings and keeps its
 
 
 def _looks_like_attention(module: nn.Module) -> bool:
-    code = getattr(type(module).forward, "__code__", None)
+    code = getattr(getattr(type(module), "forward", None), "__code__", None)
     calls = code is not None and "scaled_dot_product_attention" in code.co_names
     return calls or re.search("atten|attn", type(module).__name__, flags=re.IGNORECASE) is not None
 

@@ -17,5 +17,5 @@ __all__ = ["RandomBatches", "hf", "load_rules", "timm", "torch_nn"]
 
 def load_rules() -> None:
     """Load the rules that need the library itself, if it is loaded: a model cannot hold its modules otherwise."""
-    if "torch_geometric" in sys.modules:
+    if sys.modules.get("torch_geometric") is not None:
         importlib.import_module("randbatch.integrations.pyg")

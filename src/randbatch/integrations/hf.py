@@ -140,16 +140,16 @@ def _attend_if_converted(
     return sdpa(module, query, key, value, mask, **options)
 
 
-def _names(module: nn.Module) -> tuple[str, ...]:
-    """The names that the code of the module's class uses in `forward`."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+def _names(forward: Any) -> tuple[str, ...]:
+    """The names that the code of a forward uses, below its decorators."""
+    code = getattr(inspect.unwrap(forward), "__code__", None) if callable(forward) else None
     return () if code is None else code.co_names
 
 
 def _why_not(module: Any, ancestors: Ancestors) -> str | None:
     if getattr(module, "is_causal", False) or getattr(module.config, "is_decoder", False):
         return "it is causal: a random batch has no order"
-    if any("create_causal_mask" in _names(ancestor) for ancestor in ancestors):
+    if any("create_causal_mask" in _names(getattr(type(ancestor), "forward", None)) for ancestor in ancestors):
         return "the model around it makes a causal mask: a random batch has no order"
     if "cross" in type(module).__name__.lower() or getattr(module, "is_cross_attention", False):
         return "it is cross-attention: random batches are for self-attention"
@@ -183,9 +183,7 @@ _RULE = Rule(
 
 
 def _teach(cls: type[nn.Module]) -> None:
-    forward = vars(cls).get("forward")
-    code = getattr(inspect.unwrap(forward), "__code__", None) if callable(forward) else None
-    if code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names:
+    if "ALL_ATTENTION_FUNCTIONS" in _names(vars(cls).get("forward")):
         add_rule(cls, _RULE)
 
 

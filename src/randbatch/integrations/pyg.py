@@ -53,8 +53,9 @@ _SUMS = (
     "it stays a linear attention, but its sums run over a random batch, not over all tokens; no padding enters them; "
     "several rounds are averaged, and the estimator does not apply"
 )
-for _name in ("PerformerAttention", "SGFormerAttention", "PolynormerAttention"):
-    add_adapter_rule(getattr(_attention, _name), f"pyg {_name}", _SUMS, _in_batches)
+_SWITCH = "; a Polynormer attends only once its `_global` is True"
+for _name, _more in (("PerformerAttention", ""), ("SGFormerAttention", ""), ("PolynormerAttention", _SWITCH)):
+    add_adapter_rule(getattr(_attention, _name), f"pyg {_name}", _SUMS + _more, _in_batches)
 add_rule(
     _GPSConv,
     Rule(
