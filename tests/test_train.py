@@ -309,7 +309,7 @@ def test_ctrl_c_leaves_a_folder_that_resumes(tmp_path: Path) -> None:
     for position, role in enumerate(("train", "val", "test")):
         arrays[f"{role}_masks"] = np.arange(3000) % 3 == position
     np.savez(tmp_path / "g.npz", **arrays)
-    command = [sys.executable, "-m", "randbatch.cli", "train", "--dataset", str(tmp_path / "g.npz"), "--epochs", "60"]
+    command = [sys.executable, "-m", "randbatch.cli", "train", "--dataset", str(tmp_path / "g.npz"), "--epochs", "200"]
     command += ["--hidden", "16", "--layers", "1", "--out"]
     subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
     process = subprocess.Popen([*command, str(tmp_path / "parts")], stderr=subprocess.PIPE, text=True)
