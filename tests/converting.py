@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import randbatch as rb
@@ -99,3 +100,63 @@ def _check_random(original: nn.Module, call, want: Tensor, training: bool, grad:
     assert first.isfinite().all()
     assert not torch.allclose(first, want)
     assert torch.equal(first, second) is not training
+
+
+PADDING = torch.arange(11) >= torch.tensor([11, 4, 7]).unsqueeze(1)
+
+
+def make_input(model: nn.Module, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(*shape, 16, generator=generator, dtype=torch.float64).to(next(model.parameters()).dtype)
+
+
+def encoder(layers: int = 2, **options) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True, **options)
+    return nn.TransformerEncoder(layer, layers, enable_nested_tensor=not options.get("norm_first", False))
+
+
+class HandWritten(nn.Module):
+    """Attention as one finds it in repositories."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (4, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        weights = torch.softmax(q @ k.mT / 2, dim=-1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+
+class Linear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = self.q(x).sigmoid(), self.k(x).sigmoid(), self.v(x)
+        return q @ (k.mT @ v) / (q @ k.sum(1).unsqueeze(2))
+
+
+class CallsSDPA(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, x: Tensor, **options) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2).flatten(2)
+
+
+@rb.convert.register(HandWritten)
+def _attend(module: HandWritten, batches: rb.integrations.RandomBatches, x: Tensor) -> Tensor:
+    q, k, v = (f(x).unflatten(-1, (4, 4)) for f in (module.q, module.k, module.v))
+    return module.out(batches.attend(q, k, v).flatten(-2))
+
+
+@rb.convert.register(Linear)
+def _apply(module: Linear, batches: rb.integrations.RandomBatches, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    return batches.apply(batches.forward, x, mask=mask)
+
+
+rb.convert.register(CallsSDPA)(rb.convert.through_sdpa)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from converting import FLOAT64, ONE_BATCH, Calls, check
 from torch import Tensor, nn
 from torch_geometric.nn import GCNConv, GINConv, GPSConv, GraphNorm, Polynormer, SGFormer
@@ -177,7 +178,6 @@ def test_graph_norm_is_given_its_graphs() -> None:
 
 # --- transformers ---
 
-transformers = pytest.importorskip("transformers")
 IDS = torch.randint(0, 50, (3, 12), generator=torch.Generator().manual_seed(0))
 KEEP = (torch.arange(12) < torch.tensor([[12], [5], [8]])).long()
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}

@@ -1,5 +1,6 @@
 """Training: the numbers of a run, its files, interruption and resumption, and the command line."""
 
+import functools
 import json
 import os
 import signal
@@ -309,10 +310,16 @@ def test_ctrl_c_leaves_a_folder_that_resumes(tmp_path: Path) -> None:
     for position, role in enumerate(("train", "val", "test")):
         arrays[f"{role}_masks"] = np.arange(3000) % 3 == position
     np.savez(tmp_path / "g.npz", **arrays)
-    command = [sys.executable, "-m", "randbatch.cli", "train", "--dataset", str(tmp_path / "g.npz"), "--epochs", "200"]
+    command = [sys.executable, "-m", "randbatch.cli", "train", "--dataset", str(tmp_path / "g.npz"), "--epochs", "60"]
     command += ["--hidden", "16", "--layers", "1", "--out"]
     subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
-    process = subprocess.Popen([*command, str(tmp_path / "parts")], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, str(tmp_path / "parts")],
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell starts its background jobs with the signal ignored, and children inherit that
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
     log = tmp_path / "parts" / "log.jsonl"
     while not (log.exists() and log.read_text().count("\n") >= 3):
         assert process.poll() is None
