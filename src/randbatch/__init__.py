@@ -10,6 +10,7 @@ from randbatch import integrations, models, nn
 from randbatch.conversion import ConversionReport, convert
 from randbatch.functional import full_attention, random_batch_attention
 from randbatch.nn.sampling import set_inference
+from randbatch.orthogonal import orthogonal_partitions
 from randbatch.partition import Partition, random_partition
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "integrations",
     "models",
     "nn",
+    "orthogonal_partitions",
     "random_batch_attention",
     "random_partition",
     "set_inference",

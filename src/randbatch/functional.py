@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from randbatch._checks import check_batch_vector, check_integer, check_probability, check_qkv
+from randbatch._checks import check_batch_vector, check_choice, check_integer, check_probability, check_qkv
 from randbatch._shapes import Float, Int
-from randbatch.estimators import RoundMerger, pick_estimator
-from randbatch.interactions import Options, pick_interaction
+from randbatch.estimators import pick_estimator
+from randbatch.interactions import INTERACTIONS, Options
 from randbatch.kernels import Problem, pick_backend
 from randbatch.kernels.sdpa import is_linear_memory
-from randbatch.partition import Partition, draw_seed, fold_seed, random_partition
+from randbatch.orthogonal import OrthogonalRounds, Rounds
+from randbatch.partition import Partition, draw_seed, random_partition
 
-__all__ = ["attend_in_partitions", "draw_partitions", "full_attention", "random_batch_attention"]
+__all__ = ["draw_rounds", "estimate", "full_attention", "random_batch_attention"]
 
 _CHUNK_LOGITS = 2**24  # full attention holds this many logits at a time: 64 MiB in fp32
 
 
-def draw_partitions(
+def draw_rounds(
     num_tokens: int,
     batch_size: int,
     rounds: int,
@@ -30,12 +28,14 @@ def draw_partitions(
     batch: Int[Tensor, " n"] | None = None,
     seed: int | None = None,
     device: torch.device | None = None,
-) -> list[Partition]:
-    """R independent partitions of one seed; `seed=None` draws one from torch's default generator."""
+) -> Rounds:
+    """One random partition, or R orthogonal rounds; `seed=None` draws a seed from torch's default generator."""
     check_integer("rounds", rounds, 1)
     seed = draw_seed() if seed is None else seed
-    seeds = [seed] if rounds == 1 else [fold_seed(seed, position) for position in range(rounds)]
-    return [random_partition(num_tokens, batch_size, batch=batch, seed=s, device=device) for s in seeds]
+    if rounds == 1:
+        return random_partition(num_tokens, batch_size, batch=batch, seed=seed, device=device)
+    check_integer("batch_size", batch_size, 2)
+    return OrthogonalRounds(num_tokens, batch_size, rounds, batch, check_integer("seed", seed), device)
 
 
 def random_batch_attention(
@@ -64,8 +64,10 @@ def random_batch_attention(
         value: `[N, H, Dv]`.
         batch_size: p >= 2, tokens in a random batch. It may be left out when `partition` is given.
         batch: integers `[N]`, the graph of each token, in any order; graphs are never mixed. Default: one graph.
-        estimator: how in-batch outputs estimate full attention. `"plain"` is the paper's.
-        rounds: R >= 1 independent partitions, merged by their log-sum-exp. Time is proportional to R.
+        estimator: how in-batch outputs estimate full attention. `"plain"` is the paper's; `"debiased"` no longer
+            over-counts a token's own weight; `"corrected"` adds mean fields, and is the most accurate.
+        rounds: R >= 1. More than one are orthogonal: no pair meets twice, and a token meets R (p − 1) others, until all
+            have met and the output is full attention. Merged by log-sum-exp; time is proportional to R, memory is not.
         scale: factor of the logits. Default: 1/√D.
         dropout_p: probability that an attention weight is dropped; the others grow by 1/(1 − dropout_p). Default: 0,
             as in `scaled_dot_product_attention`; the op does not know train from eval, a module does.
@@ -97,38 +99,31 @@ def random_batch_attention(
     check_batch_vector(batch, query.shape[0], query.device)
     check_probability("dropout_p", dropout_p)
     if partition is not None:
-        partitions = [_check_partition(partition, query, rounds)]
+        parts: Rounds = _check_partition(partition, query, rounds)
     elif batch_size is None:
         raise TypeError("batch_size is missing: give batch_size (an int >= 2) or a partition")
     else:
-        partitions = draw_partitions(query.shape[0], batch_size, rounds, batch=batch, seed=seed, device=query.device)
-    return attend_in_partitions(
-        query, key, value, partitions,
-        estimator=estimator, interaction=interaction, scale=scale, dropout_p=dropout_p, backend=backend,
-    )  # fmt: skip
+        parts = draw_rounds(query.shape[0], batch_size, rounds, batch=batch, seed=seed, device=query.device)
+    check_choice("interaction", interaction, INTERACTIONS)
+    return estimate(query, key, value, parts, estimator, interaction, Options(scale, dropout_p, backend))
 
 
-def attend_in_partitions(
+def estimate(
     query: Float[Tensor, "n h d"],
     key: Float[Tensor, "n h d"],
     value: Float[Tensor, "n h dv"],
-    partitions: Sequence[Partition],
-    *,
-    estimator: str = "plain",
-    interaction: str = "softmax",
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    backend: str = "auto",
+    rounds: Rounds,
+    estimator: str,
+    interaction: str,
+    options: Options,
 ) -> Float[Tensor, "n h dv"]:
-    """The op once its partitions are known: one estimate per partition, merged by their log-sum-exp."""
-    estimate, interact = pick_estimator(estimator), pick_interaction(interaction)
-    options = Options(scale, dropout_p, backend, need_log_norm=len(partitions) > 1)
-    merger = RoundMerger()
-    for part in partitions:
-        packed = part.pack(query), part.pack(key), part.pack(value)
-        out, log_norm = estimate(*packed, part, interact, options)
-        merger.add(part.unpack(out), None if log_norm is None else part.unpack(log_norm))
-    return merger.result()
+    """The op once its partitions are known."""
+    attend = pick_estimator(estimator)
+    if not isinstance(rounds, Partition):
+        return attend(query, key, value, rounds, interaction, options)
+    # moved once, whatever the estimator does
+    query, key, value = rounds.pack(query), rounds.pack(key), rounds.pack(value)
+    return rounds.unpack(attend(query, key, value, rounds.packed(), interaction, options))
 
 
 def _check_partition(partition: Partition, query: Tensor, rounds: int) -> Partition:
@@ -183,7 +178,6 @@ def full_attention(
         check_integer("chunk_size", chunk_size, 1)
     if num_tokens == 0:
         return value.clone()
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     problem = Problem.of(query, value, scale)
     whole = random_partition(num_tokens, max(num_tokens, 2), batch=batch, device=query.device)  # a batch per graph
     blocks = zip(*(whole.split(whole.pack(tensor)) for tensor in (query, key, value)), strict=True)

@@ -10,7 +10,7 @@ Shape letters: N tokens, M batches, P slots per batch (the largest batch).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from randbatch._checks import check_batch_vector, check_integer
 from randbatch._shapes import Bool, Int, Shaped
 
-__all__ = ["Partition", "draw_seed", "fold_seed", "random_partition"]
+__all__ = ["Partition", "by_size", "draw_seed", "fold_seed", "random_partition", "shuffle_sets"]
 
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the stride of splitmix64's counter
 _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))  # splitmix64's shifts and multipliers
@@ -105,6 +105,9 @@ class Partition:
     Args:
         order: int64 `[N]`, the token at each position of batch order; a permutation of 0 … N−1.
         groups: `((rows, width), …)`, widths descending: how many batches there are of each size.
+        set_of_batch: int64 `[M]`, the set (graph) that each batch is of; None if there is one set.
+        set_sizes: int64 `[G]`, the number of tokens of each set; None if there is one set.
+        in_order: whether tokens already stand in batch order, so that nothing has to be moved.
 
     Example:
         >>> part = random_partition(5, 2)
@@ -117,6 +120,9 @@ class Partition:
 
     order: Int[Tensor, " n"]
     groups: tuple[tuple[int, int], ...]
+    set_of_batch: Int[Tensor, " m"] | None = None
+    set_sizes: Int[Tensor, " g"] | None = None
+    in_order: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -159,11 +165,11 @@ class Partition:
 
     def pack(self, x: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "n ..."]:
         """Token order `[N, …]` to batch order `[N, …]`."""
-        return _permute(x, self.order, self.inverse)
+        return x if self.in_order else _permute(x, self.order, self.inverse)
 
     def unpack(self, packed: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "n ..."]:
         """Batch order `[N, …]` to token order `[N, …]`."""
-        return _permute(packed, self.inverse, self.order)
+        return packed if self.in_order else _permute(packed, self.inverse, self.order)
 
     def split(self, packed: Shaped[Tensor, "n ..."]) -> list[Tensor]:
         """Cut batch order `[N, …]` into one view `[rows, width, …]` per batch size: whole batches, no padding."""
@@ -174,6 +180,34 @@ class Partition:
         """Put the blocks `[rows, width, …]` of `split` together again, `[N, …]` in batch order. M must be > 0."""
         flat = [block.flatten(0, 1) for block in blocks]
         return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+    def packed(self) -> Partition:
+        """The same batches for tokens that stand in batch order: `packed().pack(x)` is `x`."""
+        positions = torch.arange(self.num_tokens, device=self.order.device)
+        return replace(self, order=positions, in_order=True)
+
+    def spread(self, values: Shaped[Tensor, "m ..."]) -> Shaped[Tensor, "n ..."]:
+        """What belongs to a batch, `[M, …]`, to each of its tokens, `[N, …]` in batch order."""
+        pieces = values.split([rows for rows, _ in self.groups])
+        return torch.cat(
+            [piece.repeat_interleave(width, 0) for piece, (_, width) in zip(pieces, self.groups, strict=True)]
+        )
+
+    def starts_and_widths(self) -> tuple[Int[Tensor, " m"], Int[Tensor, " m"]]:
+        """Where each batch begins in batch order, and how many tokens it has; int64 `[M]` each."""
+        rows = torch.tensor([rows for rows, _ in self.groups], dtype=torch.int64)
+        widths = torch.tensor([width for _, width in self.groups], dtype=torch.int64).repeat_interleave(rows)
+        return (widths.cumsum(0) - widths).to(self.order.device), widths.to(self.order.device)
+
+    def count_met(self) -> Int[Tensor, " n"]:
+        """The m − 1 others that each token meets in its batch, int64 `[N]` in batch order."""
+        return self.spread(self.starts_and_widths()[1] - 1) if self.groups else self.order
+
+    def count_others(self) -> Int[Tensor, " n"]:
+        """N − 1, the others in each token's whole set, int64 `[N]` in batch order."""
+        if self.set_of_batch is None or self.set_sizes is None:
+            return torch.full_like(self.order, self.num_tokens - 1)
+        return self.spread(self.set_sizes[self.set_of_batch]) - 1
 
     def gather(self, x: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m p ..."]:
         """Token order `[N, …]` to slots `[M, P, …]`; masked slots are zero."""
@@ -195,7 +229,11 @@ class Partition:
 
     def to(self, device: torch.device | str) -> Partition:
         """The same partition on another device."""
-        return Partition(self.order.to(device), self.groups)
+        moved = {
+            name: None if tensor is None else tensor.to(device)
+            for name, tensor in (("set_of_batch", self.set_of_batch), ("set_sizes", self.set_sizes))
+        }
+        return replace(self, order=self.order.to(device), **moved)
 
     def _check_rows(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         if tensor.shape[: len(shape)] != shape:
@@ -212,25 +250,44 @@ def _balanced_groups(num_tokens: int, batch_size: int) -> tuple[tuple[int, int],
     return tuple((rows, width) for rows, width in groups if rows)
 
 
-def _partition_graphs(keys: Tensor, batch: Tensor, batch_size: int) -> Partition:
-    """Split each graph of `batch` into its own balanced batches; bring batches of equal size together."""
+def shuffle_sets(num_tokens: int, batch: Tensor | None, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The tokens set after set, at random inside each, and the sizes of the sets that have tokens: `[N]`, `[G]`."""
+    keys = _random_keys(num_tokens, seed, device)
+    if batch is None:
+        return torch.argsort(keys, stable=True), torch.full((1,), num_tokens, device=device)
     counts = torch.bincount(batch)
-    graph_bits = max(counts.numel() - 1, 0).bit_length()
-    # The graph goes above the random bits, so one sort orders by graph and at random inside it.
-    order = torch.argsort((keys >> graph_bits) + (batch.long() << (63 - graph_bits)), stable=True)
-    counts = counts[counts > 0]
+    set_bits = max(counts.numel() - 1, 0).bit_length()
+    # The set goes above the random bits, so one sort orders by set and at random inside it.
+    order = torch.argsort((keys >> set_bits) + (batch.long() << (63 - set_bits)), stable=True)
+    return order, counts[counts > 0]
+
+
+def _partition_sets(order: Tensor, counts: Tensor, batch_size: int) -> Partition:
+    """Split each set into its own balanced batches; bring batches of equal size together."""
+    set_of_token = torch.arange(counts.numel(), device=order.device).repeat_interleave(counts)
     num_batches = (counts + batch_size - 1).div(batch_size, rounding_mode="floor")
     width = counts.div(num_batches, rounding_mode="floor")
     first = num_batches.cumsum(0) - num_batches
-    position = torch.arange(int(num_batches.sum()), device=batch.device) - first.repeat_interleave(num_batches)
+    position = torch.arange(int(num_batches.sum()), device=order.device) - first.repeat_interleave(num_batches)
     wider = (counts - width * num_batches).repeat_interleave(num_batches)
     sizes = width.repeat_interleave(num_batches) + (position < wider)
+    return by_size(order, sizes, set_of_token, counts)
+
+
+def by_size(order: Tensor, sizes: Tensor, set_of_token: Tensor | None, set_sizes: Tensor | None) -> Partition:
+    """The partition whose batches, of `sizes` `[M]`, stand one after the other in `order`; widest first.
+
+    `set_of_token` says for each position of `order` which set its token is of.
+    """
     widths, rows = torch.unique(sizes, return_counts=True)  # ascending
     if widths.numel() > 1:
         by_width = torch.argsort(sizes.repeat_interleave(sizes), descending=True, stable=True)
         order = order[by_width]
+        set_of_token = None if set_of_token is None else set_of_token[by_width]
+        sizes = sizes.sort(descending=True).values
+    set_of_batch = None if set_of_token is None else set_of_token[sizes.cumsum(0) - sizes]
     groups = zip(reversed(rows.tolist()), reversed(widths.tolist()), strict=True)
-    return Partition(order, tuple(groups))
+    return Partition(order, tuple(groups), set_of_batch, set_sizes)
 
 
 def random_partition(
@@ -278,8 +335,9 @@ def random_partition(
         check_batch_vector(batch, num_tokens, batch.device)
         batch = batch.to(target)
     if batch is None and num_tokens <= batch_size:  # one batch: nothing to draw
-        return Partition(torch.arange(num_tokens, device=target), _balanced_groups(num_tokens, batch_size))
-    keys = _random_keys(num_tokens, seed, target)
+        groups = _balanced_groups(num_tokens, batch_size)
+        return Partition(torch.arange(num_tokens, device=target), groups, in_order=True)
+    order, counts = shuffle_sets(num_tokens, batch, seed, target)
     if batch is not None:
-        return _partition_graphs(keys, batch, batch_size)
-    return Partition(torch.argsort(keys, stable=True), _balanced_groups(num_tokens, batch_size))
+        return _partition_sets(order, counts, batch_size)
+    return Partition(order, _balanced_groups(num_tokens, batch_size))

@@ -27,6 +27,12 @@ def linear_attention(
         return out.to(value.dtype), norm.log() if options.need_log_norm else None
 
 
+def own_weight(query: Float[Tensor, "n h d"], key: Float[Tensor, "n h d"]) -> Float[Tensor, "n h"]:
+    """`φ(q_i)ᵀ φ(k_i)`, the weight of a token on itself, in at least fp32."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return ((F.elu(query.to(dtype)) + 1) * (F.elu(key.to(dtype)) + 1)).sum(dim=-1)
+
+
 def _refuse_softmax_options(options: Options) -> None:
     if options.scale is not None:
         raise ValueError(f"scale must be None with interaction 'linear', which has no logits; got {options.scale}")

@@ -13,6 +13,5 @@ def softmax_attention(
     query: Float[Tensor, "m p h d"], key: Float[Tensor, "m p h d"], value: Float[Tensor, "m p h dv"], options: Options
 ) -> tuple[Float[Tensor, "m p h dv"], Float[Tensor, "m p h"] | None]:
     """`y_i = Σ_j softmax_j(scale · q_i·k_j) v_j`, with scale 1/√D by default."""
-    scale = query.shape[-1] ** -0.5 if options.scale is None else options.scale
-    problem = Problem.of(query, value, scale, options.dropout_p, options.need_log_norm)
+    problem = Problem.of(query, value, options.scale, options.dropout_p, need_lse=options.need_log_norm)
     return pick_backend(options.backend, problem).attend(query, key, value, problem)

@@ -18,6 +18,8 @@ from randbatch.kernels.problem import Problem
 __all__ = ["BACKENDS", "Backend", "Problem", "pick_backend"]
 
 Attend = Callable[[Tensor, Tensor, Tensor, Problem], tuple[Tensor, Tensor | None]]
+Forward = Callable[[Tensor, Tensor, Tensor, Problem], tuple[Tensor, Tensor]]
+Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Problem], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -25,16 +27,22 @@ class Backend:
     """One way to compute softmax attention inside the batches.
 
     `attend(query, key, value, problem)` takes query and key `[M, P, H, D]` and value `[M, P, H, Dv]` and returns the
-    output `[M, P, H, Dv]` and, if `problem.need_lse`, the log-sum-exp of the logits `[M, P, H]`.
+    output `[M, P, H, Dv]` and, if `problem.need_lse`, the log-sum-exp of the logits `[M, P, H]`. Autograd knows it.
+
+    `forward` is the same without autograd, and always with the log-sum-exp. `backward(grad, query, key, value, out,
+    lse, problem)` returns the gradients of query, key and value for weights `exp(logit − lse)`, where `out` and `lse`
+    may be those of attention over more keys than the batch holds. So an attention can be computed part by part.
     """
 
     why_not: Callable[[Problem], str | None]
     attend: Attend
+    forward: Forward
+    backward: Backward
 
 
 BACKENDS = {
-    "sdpa": Backend(sdpa.why_not, sdpa.attend),
-    "reference": Backend(reference.why_not, reference.attend),
+    "sdpa": Backend(sdpa.why_not, sdpa.attend, sdpa.forward, sdpa.backward),
+    "reference": Backend(reference.why_not, reference.attend, reference.forward, reference.backward),
 }
 
 

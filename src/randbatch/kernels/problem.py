@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Problem:
-    """Everything but the numbers: a backend decides by this whether it can."""
+    """Everything but the numbers: a backend decides by this whether it can.
+
+    Attributes:
+        device: of the tensors.
+        dtype: of the tensors.
+        head_size: D of query and key.
+        value_size: Dv.
+        scale: factor of the logits.
+        dropout_p: probability that a weight is dropped.
+        need_lse: whether the log-sum-exp of the logits is wanted.
+        exclude_self: whether a token does not attend to itself (query i and key i of a batch are one token).
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -19,8 +31,20 @@ class Problem:
     scale: float
     dropout_p: float = 0.0
     need_lse: bool = False
+    exclude_self: bool = False
 
     @classmethod
-    def of(cls, query: Tensor, value: Tensor, scale: float, dropout_p: float = 0.0, need_lse: bool = False) -> Problem:
-        """The problem posed by query `[…, D]` and value `[…, Dv]`."""
-        return cls(query.device, query.dtype, query.shape[-1], value.shape[-1], scale, dropout_p, need_lse)
+    def of(
+        cls,
+        query: Tensor,
+        value: Tensor,
+        scale: float | None,
+        dropout_p: float = 0.0,
+        *,
+        need_lse: bool = False,
+        exclude_self: bool = False,
+    ) -> Problem:
+        """The problem posed by query `[…, D]` and value `[…, Dv]`; the default scale is 1/√D."""
+        size = query.shape[-1]
+        factor = 1 / math.sqrt(size) if scale is None else scale
+        return cls(query.device, query.dtype, size, value.shape[-1], factor, dropout_p, need_lse, exclude_self)

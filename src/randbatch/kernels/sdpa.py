@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,11 +11,21 @@ from torch import Tensor
 from randbatch._shapes import Float
 from randbatch.kernels.problem import Problem
 
+_flash: Any = torch.ops.aten  # the kernel below SDPA on a CPU; it also returns the log-sum-exp
+
 
 def why_not(problem: Problem) -> str | None:
-    """SDPA gives no log-sum-exp, which merging rounds needs."""
-    if problem.need_lse:
-        return "scaled_dot_product_attention does not return the log-sum-exp that merging rounds needs"
+    """Where a log-sum-exp is needed, only torch's CPU kernel gives it, without dropout and for Dv = D."""
+    if not (problem.need_lse or problem.exclude_self):
+        return None
+    if problem.device.type != "cpu":
+        return f"on {problem.device.type} it does not return the log-sum-exp that merging needs"
+    if problem.dropout_p > 0:
+        return "with dropout it does not return the log-sum-exp that merging needs"
+    if problem.head_size != problem.value_size:
+        return f"with values of size {problem.value_size} and keys of {problem.head_size} it has no fused kernel"
+    if not hasattr(_flash, "_scaled_dot_product_flash_attention_for_cpu"):
+        return "this version of torch has no fused kernel on the CPU"
     return None
 
 
@@ -42,3 +54,42 @@ def attend(
         scale=problem.scale,
     )
     return out.transpose(1, 2), None
+
+
+def _mask(width: int, problem: Problem) -> Tensor | None:
+    if not problem.exclude_self:
+        return None
+    return torch.zeros(width, width, dtype=problem.dtype).fill_diagonal_(-torch.inf)
+
+
+def forward(
+    query: Float[Tensor, "m p h d"], key: Float[Tensor, "m p h d"], value: Float[Tensor, "m p h dv"], problem: Problem
+) -> tuple[Float[Tensor, "m p h dv"], Float[Tensor, "m p h"]]:
+    """Without autograd, with the log-sum-exp."""
+    turned = [tensor.transpose(1, 2) for tensor in (query, key, value)]
+    mask = _mask(query.shape[1], problem)
+    out, lse = _flash._scaled_dot_product_flash_attention_for_cpu(*turned, attn_mask=mask, scale=problem.scale)
+    return out.transpose(1, 2), lse.transpose(1, 2)
+
+
+def backward(
+    grad: Float[Tensor, "m p h dv"],
+    query: Float[Tensor, "m p h d"],
+    key: Float[Tensor, "m p h d"],
+    value: Float[Tensor, "m p h dv"],
+    out: Float[Tensor, "m p h dv"],
+    lse: Float[Tensor, "m p h"],
+    problem: Problem,
+) -> tuple[Float[Tensor, "m p h d"], Float[Tensor, "m p h d"], Float[Tensor, "m p h dv"]]:
+    """The kernel's own backward; `out` and `lse` may be those of attention over more keys."""
+    turned = [tensor.transpose(1, 2) for tensor in (grad, query, key, value, out)]
+    grads = _flash._scaled_dot_product_flash_attention_for_cpu_backward(
+        *turned,
+        lse.transpose(1, 2).contiguous(),
+        0.0,
+        False,
+        attn_mask=_mask(query.shape[1], problem),
+        scale=problem.scale,
+    )
+    grad_query, grad_key, grad_value = (tensor.transpose(1, 2) for tensor in grads)
+    return grad_query, grad_key, grad_value

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from randbatch._checks import check_choice, check_integer, check_probability
 from randbatch._shapes import Float, Int
-from randbatch.estimators import RoundMerger, pick_estimator
+from randbatch.estimators import pick_estimator
 from randbatch.functional import full_attention
-from randbatch.interactions import INTERACTIONS, Options, pick_interaction
+from randbatch.interactions import INTERACTIONS, Options
 from randbatch.nn._sets import PaddedSets, kept_where_zero
 from randbatch.nn.sampling import Sampling
+from randbatch.partition import Partition
 
 __all__ = ["RandomBatchAttention", "no_fast_path"]
 
@@ -41,7 +42,7 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
         dropout: probability that an attention weight is dropped in training. Default: 0.
         bias: whether the projections have a bias. Default: True, as in torch.
         estimator: how in-batch outputs estimate full attention. Default: `"plain"`, the paper's.
-        rounds: R >= 1 partitions per call in training, merged by their log-sum-exp. Default: 1, the cheapest.
+        rounds: R >= 1 orthogonal partitions per call in training: a token meets R (p − 1) others. Default: 1.
         eval_rounds: R in eval. Default: the same as `rounds`.
         interaction: `"softmax"` or `"linear"`.
         backend: the backend of the softmax interaction. Default: the first that can.
@@ -192,17 +193,17 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
         sampling = self.sampling
         if sampling.exact_eval and not self.training and self.interaction == "softmax":
             return self.out_proj(full_attention(*self._project(query, key, value), batch=batch).flatten(1))
-        partitions = sampling.draw(query.shape[0], self.training, batch=batch, device=query.device)
-        estimate, interact = pick_estimator(sampling.estimator), pick_interaction(self.interaction)
-        dropout_p = self.dropout if self.training else 0.0
-        options = Options(None, dropout_p, sampling.backend, need_log_norm=len(partitions) > 1)
-        merger = RoundMerger()
-        for part in partitions:
+        rounds = sampling.draw(query.shape[0], self.training, batch=batch, device=query.device)
+        options = Options(None, self.dropout if self.training else 0.0, sampling.backend)
+        attend = pick_estimator(sampling.estimator)
+        if isinstance(rounds, Partition):
             # Moving the C channels before the projection costs a third of moving query, key and value after it.
-            q, k, v = self._project(*_map_distinct(part.pack, query, key, value))
-            out, log_norm = estimate(q, k, v, part, interact, options)
-            merger.add(part.unpack(out), None if log_norm is None else part.unpack(log_norm))
-        return self.out_proj(merger.result().flatten(1))
+            q, k, v = self._project(*_map_distinct(rounds.pack, query, key, value))
+            out = rounds.unpack(attend(q, k, v, rounds.packed(), self.interaction, options))
+        else:
+            q, k, v = self._project(query, key, value)
+            out = attend(q, k, v, rounds, self.interaction, options)
+        return self.out_proj(out.flatten(1))
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """`[N, C]` each to query, key, value `[N, H, D]`; one product where all three are one tensor."""

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from randbatch._checks import check_batch_vector, check_choice, check_integer, check_qkv
 from randbatch._shapes import Bool, Int, Shaped
 from randbatch.estimators import ESTIMATORS
-from randbatch.functional import attend_in_partitions, draw_partitions, full_attention
+from randbatch.functional import draw_rounds, estimate, full_attention
+from randbatch.interactions import Options
 from randbatch.kernels import BACKENDS
 from randbatch.nn._sets import PaddedSets
+from randbatch.orthogonal import Rounds
 from randbatch.partition import Partition, fold_seed
 
 __all__ = ["Sampling", "apply_in_batches", "attend_in_batches", "set_inference"]
@@ -67,12 +69,12 @@ class Sampling:
         *,
         batch: Int[Tensor, " n"] | None = None,
         device: torch.device | None = None,
-    ) -> list[Partition]:
+    ) -> Rounds:
         """The partitions of one call."""
         check_batch_vector(batch, num_tokens, torch.device("cpu") if device is None else device)
         exact = self.exact_eval and not training
         rounds = self.rounds if training or self.eval_rounds is None else self.eval_rounds
-        return draw_partitions(
+        return draw_rounds(
             num_tokens,
             max(num_tokens, 2) if exact else self.batch_size,
             1 if exact else rounds,
@@ -117,11 +119,9 @@ def attend_in_batches(
     if sampling.exact_eval and not training:
         return full_attention(query, key, value, batch=batch, scale=scale)
     check_qkv(query, key, value)
-    partitions = sampling.draw(query.shape[0], training, batch=batch, device=query.device)
-    return attend_in_partitions(
-        query, key, value, partitions,
-        estimator=sampling.estimator, scale=scale, dropout_p=dropout_p if training else 0.0, backend=sampling.backend,
-    )  # fmt: skip
+    rounds = sampling.draw(query.shape[0], training, batch=batch, device=query.device)
+    options = Options(scale, dropout_p if training else 0.0, sampling.backend)
+    return estimate(query, key, value, rounds, sampling.estimator, "softmax", options)
 
 
 def apply_in_batches(
@@ -148,11 +148,9 @@ def apply_in_batches(
         raise ValueError(f"x must be [N, C] or [B, N, C], got {list(x.shape)}")
     if mask is not None:
         raise ValueError("mask is for padded sets [B, N, C]; flat tokens [N, C] take batch")
-    partitions = sampling.draw(x.shape[0], training, batch=batch, device=x.device)
-    total = _apply(function, x, partitions[0])
-    for part in partitions[1:]:
-        total = total + _apply(function, x, part)
-    return total if len(partitions) == 1 else total / len(partitions)
+    rounds = sampling.draw(x.shape[0], training, batch=batch, device=x.device)
+    outs = [_apply(function, x, part) for part in ([rounds] if isinstance(rounds, Partition) else rounds)]
+    return outs[0] if len(outs) == 1 else sum(outs[1:], outs[0]) / len(outs)
 
 
 def _apply(function: Callable[[Tensor], Tensor], x: Tensor, part: Partition) -> Tensor:

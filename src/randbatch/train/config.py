@@ -27,7 +27,7 @@ class Settings:
     """Name of the defaults: by default that of the data set, where there is one."""
     batch_size: int = 128
     """p: tokens in a random batch, of `rba`."""
-    estimator: Literal["plain"] = "plain"
+    estimator: Literal["plain", "debiased", "corrected"] = "plain"
     """How in-batch outputs estimate full attention, of `rba`."""
     rounds: int = 1
     """Partitions per layer and step, of `rba`; time is proportional to it."""

@@ -1,0 +1,197 @@
+"""The attention of a Gaussian cloud with the moments of a set: of a random batch, and of the whole.
+
+`G_S(q) = v̄_S + scale · Cov_S(v, k) q`, exact for keys and values that are jointly Gaussian. Moments are taken batch by
+batch; those of a set follow from those of its batches.
+
+Shape letters: N tokens, M batches, G sets, H heads, D head size of query and key, E of value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from randbatch._shapes import Float, Shaped
+from randbatch.partition import Partition
+
+__all__ = ["Moments", "add_mean_field"]
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Means and covariances of keys and values, of each batch and of the set that it is of.
+
+    Attributes:
+        part: the partition.
+        set_sizes: `[G]`.
+        share: `[M, 1, 1]`, the share of the batch in its set.
+        keys: centred keys, head-major, one `[rows · H, width, D]` per batch size.
+        values: values, head-major, one `[rows · H, width, E]` per batch size.
+        key_offset: `[M, H, D]`, mean key of the batch minus that of its set.
+        value_mean: `[M, H, E]`.
+        value_offset: `[M, H, E]`, mean value of the batch minus that of its set.
+        covariance: `[M, H, D, E]`.
+        set_value_mean: `[G, H, E]`.
+        set_covariance: `[G, H, D, E]`.
+    """
+
+    part: Partition
+    set_sizes: Tensor
+    share: Tensor
+    keys: list[Tensor]
+    values: list[Tensor]
+    key_offset: Tensor
+    value_mean: Tensor
+    value_offset: Tensor
+    covariance: Tensor
+    set_value_mean: Tensor
+    set_covariance: Tensor
+
+    @classmethod
+    def of(cls, part: Partition, key: Float[Tensor, "n h d"], value: Float[Tensor, "n h e"]) -> Moments:
+        """The moments of keys and values that stand in the partition's token order; in at least fp32, no gradient."""
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        key_means: list[Tensor] = []
+        value_means: list[Tensor] = []
+        covariances: list[Tensor] = []
+        with torch.no_grad():
+            for k, v in zip(part.split(part.pack(key)), part.split(part.pack(value)), strict=True):
+                rows, width, heads, _ = k.shape
+                k, v = head_major(k), head_major(v)
+                mean = k.mean(dim=1)
+                k = k - mean.unsqueeze(1)
+                keys.append(k)
+                values.append(v)
+                key_means.append(mean.unflatten(0, (rows, heads)))
+                value_means.append(v.mean(dim=1).unflatten(0, (rows, heads)))
+                covariances.append((k.mT @ v / width).unflatten(0, (rows, heads)))
+            key_mean, value_mean, covariance = (torch.cat(x) for x in (key_means, value_means, covariances))
+            set_sizes = (
+                torch.full((1,), part.num_tokens, device=key.device) if part.set_sizes is None else part.set_sizes
+            )
+            share = part.starts_and_widths()[1].to(key_mean.dtype) / of_set(part, set_sizes)
+            share = share[:, None, None]
+            set_key_mean, set_value_mean = (sum_over_sets(part, share * mean) for mean in (key_mean, value_mean))
+            key_offset = key_mean - of_set(part, set_key_mean)
+            value_offset = value_mean - of_set(part, set_value_mean)
+            between = torch.einsum("mhd,mhe->mhde", share * key_offset, value_offset)
+            set_covariance = sum_over_sets(part, share.unsqueeze(-1) * covariance + between)
+        return cls(
+            part,
+            set_sizes,
+            share,
+            keys,
+            values,
+            key_offset,
+            value_mean,
+            value_offset,
+            covariance,
+            set_value_mean,
+            set_covariance,
+        )
+
+
+def head_major(x: Float[Tensor, "m p h d"]) -> Float[Tensor, "mh p d"]:
+    """`[M, P, H, D]` to `[M · H, P, D]`, in at least fp32: the layout of batched matrix products."""
+    return x.transpose(1, 2).to(torch.promote_types(x.dtype, torch.float32)).flatten(0, 1)
+
+
+def _from_head_major(x: Float[Tensor, "mh p d"], heads: int) -> Float[Tensor, "m p h d"]:
+    return x.unflatten(0, (-1, heads)).transpose(1, 2)
+
+
+def sum_over_sets(part: Partition, x: Shaped[Tensor, "m ..."]) -> Shaped[Tensor, "g ..."]:
+    """The sums over the batches of each set."""
+    if part.set_of_batch is None or part.set_sizes is None:
+        return x.sum(dim=0, keepdim=True)
+    return x.new_zeros(part.set_sizes.numel(), *x.shape[1:]).index_add_(0, part.set_of_batch, x)
+
+
+def of_set(part: Partition, x: Shaped[Tensor, "g ..."]) -> Shaped[Tensor, "m_or_1 ..."]:
+    """What belongs to a set, to each of its batches; `[1, …]`, to be broadcast, where there is one set."""
+    return x if part.set_of_batch is None else x.index_select(0, part.set_of_batch)
+
+
+def add_mean_field(
+    query: Float[Tensor, "n h d"],
+    key: Float[Tensor, "n h d"],
+    value: Float[Tensor, "n h e"],
+    local: Float[Tensor, "n h e"],
+    moments: Moments,
+    scale: float,
+    weights: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> Float[Tensor, "n h e"]:
+    """`ω A + (α v̄ − ν v̄_C) + scale · (β Cov − ν Cov_C) q` for local attention A and weights (ω, α, β, ν), each `[H]`.
+
+    One product per batch. The gradient knows that the moments are those of `key` and `value`; the weights have none.
+    """
+    out: Any = _AddMeanField.apply(query, key, value, local, moments, scale, weights)
+    return out
+
+
+class _AddMeanField(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        local: Tensor,
+        moments: Moments,
+        scale: float,
+        weights: tuple[Tensor, Tensor, Tensor, Tensor],
+    ) -> Tensor:
+        part, heads = moments.part, query.shape[1]
+        of_local, alpha, beta, nu = (weight.to(moments.covariance.dtype).unsqueeze(1) for weight in weights)
+        shift = alpha * of_set(part, moments.set_value_mean) - nu * moments.value_mean
+        slope = beta.unsqueeze(2) * of_set(part, moments.set_covariance) - nu.unsqueeze(2) * moments.covariance
+        slope = (slope * scale).flatten(0, 1)
+        shift = shift.flatten(0, 1).unsqueeze(1)
+        queries = [head_major(block) for block in part.split(part.pack(query))]
+        rows = [block.shape[0] for block in queries]
+        pieces = zip(shift.split(rows), queries, slope.split(rows), strict=True)
+        linear = [_from_head_major(torch.baddbmm(s, q, w), heads) for s, q, w in pieces]
+        out = (part.unpack(part.join(linear)) + of_local * local).to(local.dtype)
+        ctx.save_for_backward(slope, of_local, alpha, beta, nu, *queries)
+        ctx.moments, ctx.scale = moments, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        slope, of_local, alpha, beta, nu, *queries = ctx.saved_tensors
+        moments: Moments = ctx.moments
+        (grad,) = grads
+        part, share, heads = moments.part, moments.share, grad.shape[1]
+        blocks = [head_major(block) for block in part.split(part.pack(grad))]
+        to_slope = (
+            torch.cat([q.mT @ g for q, g in zip(queries, blocks, strict=True)]).unflatten(0, (-1, heads)) * ctx.scale
+        )
+        to_shift = torch.cat([g.sum(dim=1) for g in blocks]).unflatten(0, (-1, heads))
+        to_set_covariance = of_set(part, sum_over_sets(part, beta.unsqueeze(2) * to_slope))
+        to_set_mean = of_set(part, sum_over_sets(part, alpha * to_shift))
+        to_covariance = share.unsqueeze(-1) * to_set_covariance - nu.unsqueeze(2) * to_slope
+        to_value_mean = share * to_set_mean - nu * to_shift
+        to_value_mean = to_value_mean + share * torch.einsum("mhd,mhde->mhe", moments.key_offset, to_set_covariance)
+        to_key_mean = share * torch.einsum("mhe,mhde->mhd", moments.value_offset, to_set_covariance)
+        rows = [block.shape[0] for block in blocks]
+        per_batch = (to_covariance, moments.value_mean, to_key_mean, to_value_mean, slope.unflatten(0, (-1, heads)))
+        pieces = zip(
+            *(x.flatten(0, 1).split(rows) for x in per_batch), moments.keys, moments.values, blocks, strict=True
+        )
+        results: list[tuple[Tensor, Tensor, Tensor]] = []
+        for cov, value_mean, key_mean, mean, w, k, v, g in pieces:
+            cov = cov / k.shape[1]
+            to_key = torch.baddbmm((key_mean / k.shape[1]).unsqueeze(1) - value_mean.unsqueeze(1) @ cov.mT, v, cov.mT)
+            to_value = torch.baddbmm((mean / k.shape[1]).unsqueeze(1), k, cov)
+            results.append((g @ w.mT, to_key, to_value))
+        moved = [
+            part.unpack(part.join([_from_head_major(block, heads) for block in column])).to(grad.dtype)
+            for column in zip(*results, strict=True)
+        ]
+        return *moved, (of_local * grad).to(grad.dtype), None, None, None

@@ -1,0 +1,159 @@
+"""Orthogonal partitions: rounds in which no pair of tokens meets twice, until all have met.
+
+A set of n tokens, shuffled, is laid column by column on a grid of B rows, B prime: token t stands at x = t div B,
+y = t mod B. Round r puts together the tokens with equal (y − r x) mod B, the lines of slope r of an affine plane. Two
+tokens of different columns share a line in exactly one of the B rounds, since x − x' has an inverse modulo B; two of
+one column never do. So after B rounds every column is a smaller set in which all pairs are still to meet, and the same
+begins again there, until a set fits into one batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from randbatch._checks import check_batch_vector, check_integer
+from randbatch._shapes import Int
+from randbatch.partition import Partition, by_size, shuffle_sets
+
+__all__ = ["OrthogonalRounds", "Rounds", "orthogonal_partitions"]
+
+
+@cache
+def _next_prime(number: int) -> int:
+    while any(number % divisor == 0 for divisor in range(2, math.isqrt(number) + 1)):
+        number += 1
+    return number
+
+
+def _num_lines(num_tokens: int, batch_size: int) -> int:
+    """B, a prime >= n/p and >= √n: a line has at most p tokens, a row at most B. 0 where one batch holds all n."""
+    if num_tokens <= batch_size:
+        return 0
+    return _next_prime(max(-(-num_tokens // batch_size), math.isqrt(num_tokens - 1) + 1))
+
+
+def _each(sizes: Tensor, batch_size: int) -> Tensor:
+    """`_num_lines` of every entry."""
+    values, where = torch.unique(sizes, return_inverse=True)
+    lines = [_num_lines(size, batch_size) for size in values.tolist()]
+    return torch.tensor(lines, dtype=torch.int64, device=sizes.device)[where]
+
+
+@dataclass(frozen=True, eq=False)
+class OrthogonalRounds:
+    """The rounds of one seed, made one at a time and as often as they are asked for: O(N) memory, however many.
+
+    Args:
+        num_tokens: N.
+        batch_size: p >= 2, the most tokens in a batch.
+        rounds: R >= 1, in batches of p: as many rounds are made as let every token meet R (p − 1) others, or all.
+        batch: integers `[N]`, the set of each token.
+        seed: the only source of randomness.
+        device: where the index lives.
+    """
+
+    num_tokens: int
+    batch_size: int
+    rounds: int
+    batch: Int[Tensor, " n"] | None = None
+    seed: int = 0
+    device: torch.device | None = None
+
+    def __iter__(self) -> Iterator[Partition]:
+        sizes = [self.num_tokens] if self.batch is None else torch.bincount(self.batch).unique().tolist()
+        wanted = self.rounds * (self.batch_size - 1)
+        needed = 1
+        for size in sizes:
+            lines = _num_lines(size, self.batch_size)
+            if lines:  # a line may be shorter than p: two batches of more than √n tokens would share a pair
+                needed = max(needed, -(-wanted // max(size // lines - 1, 1)))
+        return islice(all_rounds(self.num_tokens, self.batch_size, self.batch, self.seed, self.device), needed)
+
+
+Rounds = Partition | OrthogonalRounds
+"""One partition, or several that are made as they are needed."""
+
+
+def all_rounds(
+    num_tokens: int, batch_size: int, batch: Tensor | None, seed: int, device: torch.device | None
+) -> Iterator[Partition]:
+    """Every round there is, one after the other."""
+    device = device if device is not None else (torch.device("cpu") if batch is None else batch.device)
+    order, sizes = shuffle_sets(num_tokens, None if batch is None else batch.to(device), seed, device)
+    set_of_token = None if batch is None else torch.arange(sizes.numel(), device=device).repeat_interleave(sizes)
+    # Of the cell that each token is in: where it begins in `order`, its size, its number of lines, the round there.
+    size = sizes.repeat_interleave(sizes)
+    start = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    lines, turn = _each(size, batch_size), torch.zeros_like(size)
+    position = torch.arange(num_tokens, device=device)
+    done = size < 2
+    first = True
+    while first or not bool(done.all()):
+        whole, rows = lines == 0, lines.clamp(min=1)
+        column, row = (position - start) // rows, (position - start) % rows
+        line = torch.where(whole, 0, (row - turn * column) % rows)
+        key = torch.where(done, position, start + line)  # cells are disjoint ranges, and a cell has fewer lines than n
+        by_key = torch.argsort(key, stable=True)
+        batch_sizes = torch.unique_consecutive(key[by_key], return_counts=True)[1]
+        sets = None if set_of_token is None else set_of_token[by_key]
+        yield by_size(order[by_key], batch_sizes, sets, None if sets is None else sizes)
+        first = False
+        turn = turn + 1
+        down = ~done & ~whole & (turn == lines)  # all lines are used: each column is a cell of its own
+        done = done | whole
+        start = torch.where(down, start + column * rows, start)
+        size = torch.where(down, torch.minimum(rows, size - column * rows), size)
+        lines, turn = torch.where(down, _each(size, batch_size), lines), torch.where(down, 0, turn)
+        done = done | (size < 2)
+
+
+def orthogonal_partitions(
+    num_tokens: int,
+    batch_size: int,
+    rounds: int,
+    *,
+    batch: Int[Tensor, " n"] | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+) -> list[Partition]:
+    """R partitions of N tokens in which no pair shares a batch twice; all of them let every pair meet exactly once.
+
+    Lines of an affine plane. The batches of a round differ by at most one token, except where a set has met already;
+    such tokens stand alone. In the first rounds a batch has p tokens or a little fewer; where p > √N it has only about
+    √N, because two larger batches of different rounds would share a pair. Cost: O(N log N) a round.
+
+    Args:
+        num_tokens: N >= 0.
+        batch_size: p >= 2, the most tokens in a batch.
+        rounds: R >= 1; more than there are gives all, about N/p for p < √N.
+        batch: integers `[N]`, the graph of each token; graphs are never mixed. Default: one graph.
+        seed: the only source of randomness.
+        device: where the index lives. Default: the device of `batch`, otherwise the CPU.
+
+    Returns:
+        At most R partitions.
+
+    Raises:
+        TypeError: an argument that must be an int is not.
+        ValueError: `num_tokens` < 0, `batch_size` < 2, `rounds` < 1, or `batch` does not fit.
+
+    Example:
+        >>> parts = orthogonal_partitions(49, 7, 100)
+        >>> len(parts), {part.num_slots for part in parts}  # 7 slopes, and the columns
+        (8, {7})
+    """
+    check_integer("num_tokens", num_tokens, 0)
+    check_integer("batch_size", batch_size, 2)
+    check_integer("rounds", rounds, 1)
+    check_integer("seed", seed)
+    target = torch.device(device) if device is not None else None
+    if batch is not None:
+        check_batch_vector(batch, num_tokens, batch.device)
+    return list(islice(all_rounds(num_tokens, batch_size, batch, seed, target), rounds))
