@@ -1,7 +1,7 @@
 """Error of every estimator against exact attention: tables, and error against time beside other methods.
 
 Run `python benchmarks/estimators.py`; it draws `docs/error_against_time.png`. Errors are relative, root mean square
-over the draws. `best` is the best fixed pair (a, μ) of `G + μ (A + a (G − G_C) − G)`, found with the exact answer in hand.
+over the draws. `best` is the best fixed pair (a, μ) of `G + μ (A + a (G − G_C) − G)`, found with the answer in hand.
 """
 
 import argparse
