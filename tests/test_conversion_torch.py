@@ -8,6 +8,7 @@ from converting import FLOAT64, ONE_BATCH, PADDING, HandWritten, Linear, check, 
 from torch import Tensor, nn
 
 import randbatch as rb
+from randbatch.estimators import ESTIMATORS
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -95,6 +96,22 @@ def test_torchs_own_module_inputs(name: str, training: bool) -> None:
         answered += 1
     assert answered >= 2
     assert answered + refused == len(inputs)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("training", [True, False])
+def test_estimators_reach_converted_modules(estimator: str, training: bool) -> None:
+    """Ragged sets; in the end of the rounds, and in one batch, the converted model is the model."""
+    model = encoder().double().train(training)
+    x = torch.randn(3, 11, 16, dtype=torch.float64)
+    want = model(x, src_key_padding_mask=PADDING)[~PADDING]
+    for batch_size, rounds in ((3, 100), (ONE_BATCH, 1)):
+        report = rb.convert(model, batch_size, estimator=estimator, rounds=rounds)
+        assert estimator in str(report)
+        torch.testing.assert_close(model(x, src_key_padding_mask=PADDING)[~PADDING], want, **FLOAT64)
+        report.undo()
+    rb.convert(model, 3, estimator=estimator)
+    assert model(x, src_key_padding_mask=PADDING).isfinite().all()
 
 
 class TestInference:

@@ -58,6 +58,22 @@ def test_attention_to_the_met_is_its_formula(debias: float, rounds: int, sets: i
     torch.testing.assert_close(got, expected, **EXACT)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value_size", [6, 3])
+def test_one_round_by_a_shift_of_the_own_logit_is_the_same_formula(backend: str, value_size: int) -> None:
+    """Batches of 5 and of 4 tokens, δ of each head."""
+    query, key, value = (x.detach() for x in qkv(29))
+    inputs = [x.requires_grad_() for x in (query, key, value[..., :value_size].clone())]
+    part, debias = rb.random_partition(29, 5, seed=2), torch.tensor([0.25, 1.0], dtype=torch.float64)
+    out = attend_to_met(*inputs, part, Options(backend=backend), debias)
+    others = torch.full((29,), 28)
+    alone = [by_formula(*(x[:, h : h + 1] for x in inputs), [part], debias[h].item(), others) for h in (0, 1)]
+    want = torch.cat(alone, dim=1)
+    torch.testing.assert_close(out, want, **EXACT)
+    got, expected = (torch.autograd.grad(y.sin().sum(), inputs) for y in (out, want))
+    torch.testing.assert_close(got, expected, **EXACT)
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize(("num_tokens", "batch_size"), [(49, 7), (50, 8), (97, 10), (1000, 64), (50, 2)])
 def test_all_rounds_are_full_attention(estimator: str, num_tokens: int, batch_size: int) -> None:

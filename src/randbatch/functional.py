@@ -190,13 +190,13 @@ def _attend_in_chunks(query: Tensor, key: Tensor, value: Tensor, problem: Proble
     num_batches, width, num_heads, _ = query.shape
     if chunk_size is None:
         if is_linear_memory(problem):
-            return attend(query, key, value, problem)[0]
+            return attend(query, key, value, problem, None)[0]
         chunk_size = max(1, _CHUNK_LOGITS // (num_batches * width * num_heads))
     if chunk_size >= width:
-        return attend(query, key, value, problem)[0]
+        return attend(query, key, value, problem, None)[0]
 
     def attend_chunk(chunk: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return attend(chunk, key, value, problem)[0]
+        return attend(chunk, key, value, problem, None)[0]
 
     chunks = [checkpoint(attend_chunk, chunk, key, value, use_reentrant=False) for chunk in query.split(chunk_size, 1)]
     return torch.cat(chunks, dim=1)

@@ -56,11 +56,11 @@ def fit_weights(
     tokens, weight = _pick(query, moments, scale)
     own_set = torch.zeros_like(tokens) if set_of_token is None else set_of_token[tokens]
     heads = torch.arange(query.shape[1], device=query.device).unsqueeze(1)
-    q, v = query[tokens, heads].to(wide), value[tokens, heads].to(wide)  # [H, S, D], [H, S, E]
+    q, v = _rows(query, tokens).to(wide), _rows(value, tokens).to(wide)  # [H, S, D], [H, S, E]
     mean = moments.set_value_mean[own_set, heads]
     linear = scale * torch.einsum("hsd,hsde->hse", q, moments.set_covariance[own_set, heads])
     rest, odds, kappa, batch_field = _features(q, key, value, tokens, rounds, scale)
-    exact = _attend_exactly(query[tokens, heads], key, value, own_set, set_of_token, scale).to(wide)
+    exact = _attend_exactly(_rows(query, tokens), key, value, own_set, set_of_token, scale).to(wide)
     debias = torch.tensor(_DEBIAS, device=query.device, dtype=wide)[:, None, None, None]
     local = rest + torch.sigmoid(odds.unsqueeze(-1) - debias * kappa.unsqueeze(-1)) * (v - rest)  # [K, H, S, E]
     field = mean + linear
@@ -107,7 +107,6 @@ def _features(
     q: Tensor, key: Tensor, value: Tensor, tokens: Tensor, rounds: Iterable[Partition], scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Over all rounds: attention to the others, own logit minus theirs, log κ, and the mean field of the batches."""
-    heads = torch.arange(len(tokens), device=tokens.device)[:, None, None]
     num_rounds = 0
     rest = lse = field = met = others = None
     for part in rounds:
@@ -119,7 +118,7 @@ def _features(
         index = start + torch.minimum(slots, width - 1)
         filled = slots < width
         index = index if part.in_order else part.order[index]
-        k, v = key[index, heads].to(q.dtype), value[index, heads].to(q.dtype)  # [H, S, W, D]
+        k, v = _rows(key, index).to(q.dtype), _rows(value, index).to(q.dtype)  # [H, S, W, D]
         logits = torch.einsum("hsd,hswd->hsw", q, k) * scale
         logits = logits.masked_fill(~filled | (index == tokens.unsqueeze(-1)), -torch.inf)
         more_lse = logits.logsumexp(dim=-1)
@@ -140,8 +139,15 @@ def _features(
             lse, field, met = total, field + now, met + met_now
         num_rounds += 1
     assert rest is not None and lse is not None and field is not None and met is not None and others is not None
-    own = torch.einsum("hsd,hsd->hs", q, key[tokens, heads[..., 0]].to(q.dtype)) * scale
+    own = torch.einsum("hsd,hsd->hs", q, _rows(key, tokens).to(q.dtype)) * scale
     return rest, own - lse, log_kappa(others, met).to(q.dtype), field / num_rounds
+
+
+def _rows(x: Float[Tensor, "n h d"], index: Int[Tensor, "h ..."]) -> Float[Tensor, "h ... d"]:
+    """`x[index[h], h]` for every head; a third of the time of indexing by both."""
+    return torch.stack(
+        [x[:, head].index_select(0, rows.flatten()).unflatten(0, rows.shape) for head, rows in enumerate(index)]
+    )
 
 
 def _attend_exactly(

@@ -44,7 +44,7 @@ def corrected(
     scale = query.shape[-1] ** -0.5 if options.scale is None else options.scale
     moments = Moments.of(first, key, value)
     weights = fit_weights(query, key, value, parts, moments, scale)
-    local = attend_to_met(query, key, value, parts, options, weights.debias)
+    local = attend_to_met(query, key, value, rounds, options, weights.debias)
     share = 1 / sum(1 for _ in parts)
     of_set = [weights.mu.new_ones(()) - weights.mu + weights.nu, weights.nu]
     out, of_local = local, weights.mu

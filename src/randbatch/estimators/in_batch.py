@@ -51,7 +51,7 @@ def debiased(
     one = isinstance(rounds, Partition)
     if one and rounds.num_batches == (1 if rounds.set_sizes is None else rounds.set_sizes.numel()):
         return plain(query, key, value, rounds, interaction, options)  # every set in one batch: full attention
-    return attend_to_met(query, key, value, [rounds] if isinstance(rounds, Partition) else rounds, options, 1.0)
+    return attend_to_met(query, key, value, rounds, options, 1.0)
 
 
 def refuse_linear(estimator: str, interaction: str) -> None:

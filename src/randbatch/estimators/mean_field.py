@@ -61,15 +61,16 @@ class Moments:
         covariances: list[Tensor] = []
         with torch.no_grad():
             for k, v in zip(part.split(part.pack(key)), part.split(part.pack(value)), strict=True):
-                rows, width, heads, _ = k.shape
-                k, v = head_major(k), head_major(v)
-                mean = k.mean(dim=1)
-                k = k - mean.unsqueeze(1)
+                rows, width, heads, size = k.shape
+                mean = k.mean(dim=1, dtype=torch.promote_types(k.dtype, torch.float32))
+                centred = mean.new_empty(rows, heads, width, size)
+                torch.sub(k.transpose(1, 2), mean.unsqueeze(2), out=centred)  # centred and turned in one pass
+                k, v = centred.flatten(0, 1), head_major(v)
                 keys.append(k)
                 values.append(v)
-                key_means.append(mean.unflatten(0, (rows, heads)))
+                key_means.append(mean)
                 value_means.append(v.mean(dim=1).unflatten(0, (rows, heads)))
-                covariances.append((k.mT @ v / width).unflatten(0, (rows, heads)))
+                covariances.append((k.mT @ v).div_(width).unflatten(0, (rows, heads)))
             key_mean, value_mean, covariance = (torch.cat(x) for x in (key_means, value_means, covariances))
             set_sizes = (
                 torch.full((1,), part.num_tokens, device=key.device) if part.set_sizes is None else part.set_sizes

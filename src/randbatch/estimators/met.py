@@ -10,6 +10,7 @@ Shape letters: N tokens, H heads, D head size of query and key, Dv of value.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,22 +31,40 @@ def attend_to_met(
     query: Float[Tensor, "n h d"],
     key: Float[Tensor, "n h d"],
     value: Float[Tensor, "n h dv"],
-    rounds: Iterable[Partition],
+    rounds: Partition | Iterable[Partition],
     options: Options,
     debias: float | Float[Tensor, " h"],
 ) -> Float[Tensor, "n h dv"]:
     """The formula above, in the order of `query`; `debias` is δ, one number or one per head.
 
-    `rounds` is iterated once in forward and once in backward; no pair may meet twice in it.
+    Several rounds are iterated once in forward and once in backward; no pair may meet twice in them.
     """
     if query.shape[0] == 0:
         return value.clone()
+    if isinstance(rounds, Partition):
+        if rounds.set_sizes is None:
+            return _attend_once(query, key, value, rounds, options, debias)
+        rounds = [rounds]
     problem = Problem.of(query, value, options.scale, options.dropout_p, need_lse=True, exclude_self=True)
     backend = pick_backend(options.backend, problem)
     if problem.dropout_p > 0:
         return _attend_with_dropout(query, key, value, rounds, debias, problem, backend)
     out: Any = _AttendToMet.apply(query, key, value, rounds, debias, problem, backend)
     return out
+
+
+def _attend_once(
+    query: Tensor, key: Tensor, value: Tensor, part: Partition, options: Options, debias: float | Tensor
+) -> Tensor:
+    """One round of one set: κ is the same for all batches of a width, so a shift of the own logit does it."""
+    problem = Problem.of(query, value, options.scale, options.dropout_p)
+    backend = pick_backend(options.backend, problem)
+    debias = torch.as_tensor(debias, device=query.device).expand(query.shape[1])
+    outs: list[Tensor] = []
+    for q, k, v in zip(*(part.split(part.pack(tensor)) for tensor in (query, key, value)), strict=True):
+        kappa = math.log((part.num_tokens - 1) / (q.shape[1] - 1)) if q.shape[1] > 1 else 0.0
+        outs.append(backend.attend(q, k, v, problem, -kappa * debias)[0])
+    return part.unpack(part.join(outs))
 
 
 def log_kappa(others: Int[Tensor, "*n"], met: Int[Tensor, "*n"]) -> Float[Tensor, "*n"]:

@@ -14,4 +14,4 @@ def softmax_attention(
 ) -> tuple[Float[Tensor, "m p h dv"], Float[Tensor, "m p h"] | None]:
     """`y_i = Σ_j softmax_j(scale · q_i·k_j) v_j`, with scale 1/√D by default."""
     problem = Problem.of(query, value, options.scale, options.dropout_p, need_lse=options.need_log_norm)
-    return pick_backend(options.backend, problem).attend(query, key, value, problem)
+    return pick_backend(options.backend, problem).attend(query, key, value, problem, None)

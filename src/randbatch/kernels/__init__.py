@@ -17,7 +17,7 @@ from randbatch.kernels.problem import Problem
 
 __all__ = ["BACKENDS", "Backend", "Problem", "pick_backend"]
 
-Attend = Callable[[Tensor, Tensor, Tensor, Problem], tuple[Tensor, Tensor | None]]
+Attend = Callable[[Tensor, Tensor, Tensor, Problem, Tensor | None], tuple[Tensor, Tensor | None]]
 Forward = Callable[[Tensor, Tensor, Tensor, Problem], tuple[Tensor, Tensor]]
 Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Problem], tuple[Tensor, Tensor, Tensor]]
 
@@ -26,8 +26,9 @@ Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Problem], t
 class Backend:
     """One way to compute softmax attention inside the batches.
 
-    `attend(query, key, value, problem)` takes query and key `[M, P, H, D]` and value `[M, P, H, Dv]` and returns the
-    output `[M, P, H, Dv]` and, if `problem.need_lse`, the log-sum-exp of the logits `[M, P, H]`. Autograd knows it.
+    `attend(query, key, value, problem, own_shift)` takes query and key `[M, P, H, D]` and value `[M, P, H, Dv]` and
+    returns the output `[M, P, H, Dv]` and, if `problem.need_lse`, the log-sum-exp of the logits `[M, P, H]`. Autograd
+    knows it. `own_shift` `[H]` is added to the logit of a token with itself; None is 0.
 
     `forward` is the same without autograd, and always with the log-sum-exp. `backward(grad, query, key, value, out,
     lse, problem)` returns the gradients of query, key and value for weights `exp(logit − lse)`, where `out` and `lse`

@@ -40,16 +40,24 @@ _MAX_CUDA_BATCHES = 65_535  # a CUDA grid dimension; more batches do not launch 
 
 
 def attend(
-    query: Float[Tensor, "m q h d"], key: Float[Tensor, "m p h d"], value: Float[Tensor, "m p h dv"], problem: Problem
+    query: Float[Tensor, "m q h d"],
+    key: Float[Tensor, "m p h d"],
+    value: Float[Tensor, "m p h dv"],
+    problem: Problem,
+    own_shift: Float[Tensor, " h"] | None = None,
 ) -> tuple[Float[Tensor, "m q h dv"], None]:
     """`softmax_j(scale · q_i·k_j) v_j` inside each batch."""
     if problem.device.type == "cuda" and query.shape[0] > _MAX_CUDA_BATCHES:
         pieces = zip(*(tensor.split(_MAX_CUDA_BATCHES) for tensor in (query, key, value)), strict=True)
-        return torch.cat([attend(q, k, v, problem)[0] for q, k, v in pieces]), None
+        return torch.cat([attend(q, k, v, problem, own_shift)[0] for q, k, v in pieces]), None
+    mask = None
+    if own_shift is not None:
+        mask = torch.diag_embed(own_shift.to(query.dtype).unsqueeze(1).expand(-1, query.shape[1])).unsqueeze(0)
     out = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
+        attn_mask=mask,
         dropout_p=problem.dropout_p,
         scale=problem.scale,
     )
