@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from randbatch._shapes import Float
 from randbatch.estimators.anchors import fit_weights
@@ -11,7 +14,7 @@ from randbatch.estimators.in_batch import plain, refuse_linear
 from randbatch.estimators.mean_field import Moments, add_mean_field
 from randbatch.estimators.met import attend_to_met, have_met_all
 from randbatch.interactions import Options
-from randbatch.orthogonal import Rounds
+from randbatch.orthogonal import OrthogonalRounds, Rounds
 from randbatch.partition import Partition
 
 __all__ = ["corrected"]
@@ -34,26 +37,48 @@ def corrected(
     have no gradient. Where all pairs have met, ŷ is A.
     """
     refuse_linear("corrected", interaction)
-    if isinstance(rounds, Partition):
-        parts, first = [rounds], rounds
-    else:
-        parts, first = rounds, next(iter(rounds))
-    num_sets = 1 if first.set_sizes is None else first.set_sizes.numel()
-    if first.num_batches <= num_sets:  # every set in one batch: full attention
-        return plain(query, key, value, first, interaction, options)
+    first = rounds if isinstance(rounds, Partition) else next(iter(rounds))
+    if first.num_batches <= (1 if first.set_sizes is None else first.set_sizes.numel()):
+        return plain(query, key, value, first, interaction, options)  # every set in one batch: full attention
+    with torch.autocast(query.device.type, enabled=False):  # autocast would round the moments
+        return _correct(query, key, value, rounds, first, options)
+
+
+def _correct(query: Tensor, key: Tensor, value: Tensor, rounds: Rounds, first: Partition, options: Options) -> Tensor:
     scale = query.shape[-1] ** -0.5 if options.scale is None else options.scale
+    parts = [rounds] if isinstance(rounds, Partition) else rounds
     moments = Moments.of(first, key, value)
     weights = fit_weights(query, key, value, parts, moments, scale)
     local = attend_to_met(query, key, value, rounds, options, weights.debias)
-    share = 1 / sum(1 for _ in parts)
-    of_set = [weights.mu.new_ones(()) - weights.mu + weights.nu, weights.nu]
-    out, of_local = local, weights.mu
-    for part in parts:
-        coefficients = (of_local, share * of_set[0], share * (of_set[0] + weights.lam), share * of_set[1])
-        out = add_mean_field(
-            query, key, value, out, moments if part is first else Moments.of(part, key, value), scale, coefficients
-        )
-        of_local = torch.ones_like(of_local)
-    if isinstance(rounds, Partition) and num_sets == 1:
-        return out  # there is more than one batch, so no token met all
-    return torch.where(have_met_all(parts)[:, None, None], local, out)
+    of_set = 1 - weights.mu + weights.nu
+    coefficients = of_set, of_set + weights.lam, weights.nu
+    if isinstance(rounds, Partition):
+        out = add_mean_field(query, key, value, local, moments, scale, (weights.mu, *coefficients))
+        if first.set_sizes is None:
+            return out  # one set in several batches: no token met all
+    else:
+        out = _add_rounds(query, key, value, weights.mu.unsqueeze(1) * local, rounds, scale, coefficients)
+    return torch.where(have_met_all(parts)[:, None, None], local, out.to(local.dtype))
+
+
+def _add_rounds(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    rounds: OrthogonalRounds,
+    scale: float,
+    coefficients: tuple[Tensor, Tensor, Tensor],
+) -> Tensor:
+    """The mean fields of all rounds, averaged; each is computed again in backward, so that memory does not grow."""
+    share = 1 / sum(1 for _ in rounds)
+    alpha, beta, nu = (share * weight for weight in coefficients)
+    weights = torch.zeros_like(alpha), alpha, beta, nu
+
+    def field(query: Tensor, key: Tensor, value: Tensor, part: Partition) -> Tensor:
+        return add_mean_field(query, key, value, value, Moments.of(part, key, value), scale, weights)
+
+    for part in rounds:
+        more: Any = checkpoint(field, query, key, value, part, use_reentrant=False, preserve_rng_state=False)
+        out = out + more
+    return out

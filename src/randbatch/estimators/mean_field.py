@@ -158,17 +158,22 @@ class _AddMeanField(torch.autograd.Function):
         pieces = zip(shift.split(rows), queries, slope.split(rows), strict=True)
         linear = [_from_head_major(torch.baddbmm(s, q, w), heads) for s, q, w in pieces]
         out = (part.unpack(part.join(linear)) + of_local * local).to(local.dtype)
-        ctx.save_for_backward(slope, of_local, alpha, beta, nu, *queries)
-        ctx.moments, ctx.scale = moments, scale
+        per_batch = moments.share, moments.key_offset, moments.value_mean, moments.value_offset
+        # saved as tensors, not as an attribute, so that checkpointing sees them
+        ctx.save_for_backward(
+            slope, of_local, alpha, beta, nu, *per_batch, *queries, *moments.keys, *moments.values
+        )  # fmt: skip
+        ctx.part, ctx.scale = part, scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        slope, of_local, alpha, beta, nu, *queries = ctx.saved_tensors
-        moments: Moments = ctx.moments
+        slope, of_local, alpha, beta, nu, share, key_offset, value_mean, value_offset, *rest = ctx.saved_tensors
         (grad,) = grads
-        part, share, heads = moments.part, moments.share, grad.shape[1]
+        part, heads = ctx.part, grad.shape[1]
+        num = len(part.groups)
+        queries, keys, values = rest[:num], rest[num : 2 * num], rest[2 * num :]
         blocks = [head_major(block) for block in part.split(part.pack(grad))]
         to_slope = (
             torch.cat([q.mT @ g for q, g in zip(queries, blocks, strict=True)]).unflatten(0, (-1, heads)) * ctx.scale
@@ -178,17 +183,15 @@ class _AddMeanField(torch.autograd.Function):
         to_set_mean = of_set(part, sum_over_sets(part, alpha * to_shift))
         to_covariance = share.unsqueeze(-1) * to_set_covariance - nu.unsqueeze(2) * to_slope
         to_value_mean = share * to_set_mean - nu * to_shift
-        to_value_mean = to_value_mean + share * torch.einsum("mhd,mhde->mhe", moments.key_offset, to_set_covariance)
-        to_key_mean = share * torch.einsum("mhe,mhde->mhd", moments.value_offset, to_set_covariance)
+        to_value_mean = to_value_mean + share * torch.einsum("mhd,mhde->mhe", key_offset, to_set_covariance)
+        to_key_mean = share * torch.einsum("mhe,mhde->mhd", value_offset, to_set_covariance)
         rows = [block.shape[0] for block in blocks]
-        per_batch = (to_covariance, moments.value_mean, to_key_mean, to_value_mean, slope.unflatten(0, (-1, heads)))
-        pieces = zip(
-            *(x.flatten(0, 1).split(rows) for x in per_batch), moments.keys, moments.values, blocks, strict=True
-        )
+        per_batch = (to_covariance, value_mean, to_key_mean, to_value_mean, slope.unflatten(0, (-1, heads)))
+        pieces = zip(*(x.flatten(0, 1).split(rows) for x in per_batch), keys, values, blocks, strict=True)
         results: list[tuple[Tensor, Tensor, Tensor]] = []
-        for cov, value_mean, key_mean, mean, w, k, v, g in pieces:
+        for cov, own_mean, key_mean, mean, w, k, v, g in pieces:
             cov = cov / k.shape[1]
-            to_key = torch.baddbmm((key_mean / k.shape[1]).unsqueeze(1) - value_mean.unsqueeze(1) @ cov.mT, v, cov.mT)
+            to_key = torch.baddbmm((key_mean / k.shape[1]).unsqueeze(1) - own_mean.unsqueeze(1) @ cov.mT, v, cov.mT)
             to_value = torch.baddbmm((mean / k.shape[1]).unsqueeze(1), k, cov)
             results.append((g @ w.mT, to_key, to_value))
         moved = [
