@@ -285,6 +285,27 @@ def test_wrapper_never_pads() -> None:
     torch.testing.assert_close(alone, module(x[graph == 1].unsqueeze(0)).squeeze(0), **FLOAT64)
 
 
+def test_rounds_of_the_wrapper_are_whole_batches() -> None:
+    """R calls of batches of p, also where p > √N and orthogonal rounds would have smaller ones; their mean."""
+    sizes = []
+
+    class Mean(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            sizes.append(x.shape[1])
+            return x.mean(dim=1, keepdim=True).expand_as(x)
+
+    x = torch.randn(90, 3, dtype=torch.float64)
+
+    def error(rounds: int) -> float:
+        outs = (RandomBatch(Mean(), 30, rounds=rounds, seed=seed).eval()(x) for seed in range(20))
+        return sum((out - x.mean(0)).square().sum().item() for out in outs)
+
+    once, often = error(1), error(16)
+    assert sizes == [30] * (20 + 20 * 16)
+    # of the squared error 1/16 is left, and what a token's own presence in every batch adds, (1/30 − 1/90)²
+    assert often < once * (1 / 16 + (1 / 30 - 1 / 90) + 0.05)
+
+
 def test_wrapper_leaves_the_weights_alone() -> None:
     module = SetModule()
     wrapped = RandomBatch(module, 8)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from randbatch._shapes import Float, Int
 from randbatch.estimators.mean_field import Moments, of_set
-from randbatch.estimators.met import log_kappa
+from randbatch.estimators.met import log_kappa, merge
 from randbatch.partition import Partition
 
 __all__ = ["Weights", "fit_weights"]
@@ -133,10 +133,7 @@ def _features(
             rest, lse, field, met = more, more_lse, now, met_now
             others = part.unpack(part.count_others())[tokens]
         else:
-            total = torch.logaddexp(lse, more_lse)
-            finite = total.clamp(min=torch.finfo(q.dtype).min)
-            rest = rest * (lse - finite).exp().unsqueeze(-1) + more * (more_lse - finite).exp().unsqueeze(-1)
-            lse, field, met = total, field + now, met + met_now
+            (rest, lse), field, met = merge(rest, lse, more, more_lse), field + now, met + met_now
         num_rounds += 1
     assert rest is not None and lse is not None and field is not None and met is not None and others is not None
     own = torch.einsum("hsd,hsd->hs", q, _rows(key, tokens).to(q.dtype)) * scale

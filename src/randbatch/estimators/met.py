@@ -24,7 +24,7 @@ from randbatch.interactions import Options
 from randbatch.kernels import Backend, Problem, pick_backend
 from randbatch.partition import Partition
 
-__all__ = ["attend_to_met", "have_met_all", "log_kappa"]
+__all__ = ["attend_to_met", "have_met_all", "log_kappa", "merge"]
 
 
 def attend_to_met(
@@ -98,7 +98,7 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
+def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Two attentions over different keys as one over all of them."""
     total = torch.logaddexp(lse, more_lse)
     finite = total.clamp(min=torch.finfo(total.dtype).min)  # nobody met in either: weights 0, not nan
@@ -117,7 +117,7 @@ def _merge_rounds(
         if out is None or lse is None or met is None:
             out, lse, met, others = more, more_lse, now, part.unpack(part.count_others())
         else:
-            (out, lse), met = _merge(out, lse, more, more_lse), met + now
+            (out, lse), met = merge(out, lse, more, more_lse), met + now
     if out is None or lse is None or met is None or others is None:
         raise ValueError("rounds must hold at least one partition")
     return out, lse, log_kappa(others, met)
@@ -140,7 +140,7 @@ class _AttendToMet(torch.autograd.Function):
         out, lse, kappa = _merge_rounds(backend.forward, (query, key, value), rounds, problem)
         weight = (debias * kappa.unsqueeze(1)).to(lse.dtype)  # δ log κ, [N, 1] or [N, H]
         own = _own_logit(query, key, problem.scale)
-        out, lse = _merge(out, lse + weight, value, own)
+        out, lse = merge(out, lse + weight, value, own)
         out = out.to(value.dtype)
         ctx.save_for_backward(query, key, value, out, lse, weight)
         ctx.rounds, ctx.problem, ctx.backend = rounds, problem, backend
@@ -187,5 +187,5 @@ def _attend_with_dropout(
     out, lse, kappa = _merge_rounds(backend.attend, (query, key, value), rounds, problem)
     own = _own_logit(query, key, problem.scale)
     kept = F.dropout(torch.ones_like(own), problem.dropout_p).unsqueeze(-1)
-    out, _ = _merge(out, lse + (debias * kappa.unsqueeze(1)).to(lse.dtype), kept * value, own)
+    out, _ = merge(out, lse + (debias * kappa.unsqueeze(1)).to(lse.dtype), kept * value, own)
     return out.to(value.dtype)

@@ -19,7 +19,7 @@ from randbatch.interactions import Options
 from randbatch.kernels import BACKENDS
 from randbatch.nn._sets import PaddedSets
 from randbatch.orthogonal import Rounds
-from randbatch.partition import Partition, fold_seed
+from randbatch.partition import Partition, fold_seed, random_partition
 
 __all__ = ["Sampling", "apply_in_batches", "attend_in_batches", "set_inference"]
 
@@ -149,8 +149,13 @@ def apply_in_batches(
     if mask is not None:
         raise ValueError("mask is for padded sets [B, N, C]; flat tokens [N, C] take batch")
     rounds = sampling.draw(x.shape[0], training, batch=batch, device=x.device)
-    outs = [_apply(function, x, part) for part in ([rounds] if isinstance(rounds, Partition) else rounds)]
-    return outs[0] if len(outs) == 1 else sum(outs[1:], outs[0]) / len(outs)
+    if isinstance(rounds, Partition):
+        return _apply(function, x, rounds)
+    # Outputs are averaged, not merged: whole batches of p each time serve that better than smaller orthogonal ones.
+    seeds = (fold_seed(rounds.seed, position) for position in range(rounds.rounds))
+    parts = (random_partition(x.shape[0], rounds.batch_size, batch=batch, seed=s, device=x.device) for s in seeds)
+    outs = [_apply(function, x, part) for part in parts]
+    return sum(outs[1:], outs[0]) / len(outs)
 
 
 def _apply(function: Callable[[Tensor], Tensor], x: Tensor, part: Partition) -> Tensor:
