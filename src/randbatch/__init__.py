@@ -12,13 +12,16 @@ from randbatch.functional import full_attention, random_batch_attention
 from randbatch.nn.sampling import set_inference
 from randbatch.orthogonal import orthogonal_partitions
 from randbatch.partition import Partition, random_partition
+from randbatch.tolerance import RoundsChoice, choose_rounds
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ConversionReport",
     "Partition",
+    "RoundsChoice",
     "__version__",
+    "choose_rounds",
     "convert",
     "full_attention",
     "integrations",

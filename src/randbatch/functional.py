@@ -12,30 +12,13 @@ from randbatch.estimators import pick_estimator
 from randbatch.interactions import INTERACTIONS, Options
 from randbatch.kernels import Problem, pick_backend
 from randbatch.kernels.sdpa import is_linear_memory
-from randbatch.orthogonal import OrthogonalRounds, Rounds
+from randbatch.orthogonal import Rounds, draw_rounds
 from randbatch.partition import Partition, draw_seed, random_partition
+from randbatch.tolerance import choose_rounds
 
-__all__ = ["draw_rounds", "estimate", "full_attention", "random_batch_attention"]
+__all__ = ["estimate", "full_attention", "random_batch_attention"]
 
 _CHUNK_LOGITS = 2**24  # full attention holds this many logits at a time: 64 MiB in fp32
-
-
-def draw_rounds(
-    num_tokens: int,
-    batch_size: int,
-    rounds: int,
-    *,
-    batch: Int[Tensor, " n"] | None = None,
-    seed: int | None = None,
-    device: torch.device | None = None,
-) -> Rounds:
-    """One random partition, or R orthogonal rounds; `seed=None` draws a seed from torch's default generator."""
-    check_integer("rounds", rounds, 1)
-    seed = draw_seed() if seed is None else seed
-    if rounds == 1:
-        return random_partition(num_tokens, batch_size, batch=batch, seed=seed, device=device)
-    check_integer("batch_size", batch_size, 2)
-    return OrthogonalRounds(num_tokens, batch_size, rounds, batch, check_integer("seed", seed), device)
 
 
 def random_batch_attention(
@@ -47,6 +30,7 @@ def random_batch_attention(
     batch: Int[Tensor, " n"] | None = None,
     estimator: str = "plain",
     rounds: int = 1,
+    tolerance: float | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
@@ -68,13 +52,15 @@ def random_batch_attention(
             over-counts a token's own weight; `"corrected"` adds mean fields, and is the most accurate.
         rounds: R >= 1. More than one are orthogonal: no pair meets twice, and a token meets R (p − 1) others, until all
             have met and the output is full attention. Merged by log-sum-exp; time is proportional to R, memory is not.
+        tolerance: a relative error > 0: as many rounds as `choose_rounds` finds it to take; `rounds` must be left at 1.
+            Call that yourself to know how many they are. Default: none, `rounds` says it.
         scale: factor of the logits. Default: 1/√D.
         dropout_p: probability that an attention weight is dropped; the others grow by 1/(1 − dropout_p). Default: 0,
             as in `scaled_dot_product_attention`; the op does not know train from eval, a module does.
         seed: an int fixes the partition; the default draws one from torch's default CPU generator, so that
             `torch.manual_seed` reproduces it.
-        partition: use this partition instead of drawing one; then `rounds` must be 1 and `batch`, `seed` and
-            `batch_size` say nothing.
+        partition: use this partition instead of drawing one; then `rounds` must be 1, there is no `tolerance`, and
+            `batch`, `seed` and `batch_size` say nothing.
         backend: `"sdpa"`, `"reference"`, or `"auto"`: the first of these that can take the problem.
         interaction: what happens inside a batch, `"softmax"` or `"linear"`.
 
@@ -83,7 +69,8 @@ def random_batch_attention(
 
     Raises:
         TypeError: a tensor is not floating point, dtypes differ, an int argument is not an int.
-        ValueError: shapes or devices differ, an unknown name, a backend that cannot, `batch_size` < 2.
+        ValueError: shapes or devices differ, an unknown name, a backend that cannot, `batch_size` < 2; `tolerance`
+            beside `rounds`, `partition`, dropout or another interaction than softmax.
 
     Source: Liu, Ma, Jin, Wang, "Random Batch Attention", arXiv 2511.06044.
 
@@ -98,13 +85,20 @@ def random_batch_attention(
     check_qkv(query, key, value)
     check_batch_vector(batch, query.shape[0], query.device)
     check_probability("dropout_p", dropout_p)
+    check_choice("interaction", interaction, INTERACTIONS)
+    if tolerance is not None:
+        _check_tolerance_alone(rounds, partition, dropout_p, interaction)
     if partition is not None:
         parts: Rounds = _check_partition(partition, query, rounds)
     elif batch_size is None:
         raise TypeError("batch_size is missing: give batch_size (an int >= 2) or a partition")
     else:
+        seed = draw_seed() if seed is None else seed
+        if tolerance is not None:
+            rounds = choose_rounds(
+                query, key, value, batch_size, tolerance, batch=batch, estimator=estimator, scale=scale, seed=seed
+            ).rounds
         parts = draw_rounds(query.shape[0], batch_size, rounds, batch=batch, seed=seed, device=query.device)
-    check_choice("interaction", interaction, INTERACTIONS)
     return estimate(query, key, value, parts, estimator, interaction, Options(scale, dropout_p, backend))
 
 
@@ -124,6 +118,17 @@ def estimate(
     # moved once, whatever the estimator does
     query, key, value = rounds.pack(query), rounds.pack(key), rounds.pack(value)
     return rounds.unpack(attend(query, key, value, rounds.packed(), interaction, options))
+
+
+def _check_tolerance_alone(rounds: int, partition: Partition | None, dropout_p: float, interaction: str) -> None:
+    if rounds != 1:
+        raise ValueError(f"rounds must be left at 1 when tolerance is given, which chooses them; got {rounds}")
+    if partition is not None:
+        raise ValueError("partition must be left out when tolerance is given, which draws as many as it takes")
+    if dropout_p != 0:
+        raise ValueError(f"dropout_p must be 0 when tolerance is given, got {dropout_p}: dropped weights are an error")
+    if interaction != "softmax":
+        raise ValueError(f"tolerance is for interaction='softmax', got {interaction!r}")
 
 
 def _check_partition(partition: Partition, query: Tensor, rounds: int) -> Partition:

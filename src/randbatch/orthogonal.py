@@ -20,9 +20,9 @@ from torch import Tensor
 
 from randbatch._checks import check_batch_vector, check_integer
 from randbatch._shapes import Int
-from randbatch.partition import Partition, by_size, shuffle_sets
+from randbatch.partition import Partition, by_size, draw_seed, random_partition, shuffle_sets
 
-__all__ = ["OrthogonalRounds", "Rounds", "orthogonal_partitions"]
+__all__ = ["OrthogonalRounds", "Rounds", "all_rounds", "draw_rounds", "orthogonal_partitions", "partitions_of"]
 
 
 @cache
@@ -67,18 +67,40 @@ class OrthogonalRounds:
     device: torch.device | None = None
 
     def __iter__(self) -> Iterator[Partition]:
-        sizes = [self.num_tokens] if self.batch is None else torch.bincount(self.batch).unique().tolist()
-        wanted = self.rounds * (self.batch_size - 1)
-        needed = 1
-        for size in sizes:
-            lines = _num_lines(size, self.batch_size)
-            if lines:  # a line may be shorter than p: two batches of more than √n tokens would share a pair
-                needed = max(needed, -(-wanted // max(size // lines - 1, 1)))
-        return islice(all_rounds(self.num_tokens, self.batch_size, self.batch, self.seed, self.device), needed)
+        parts = all_rounds(self.num_tokens, self.batch_size, self.batch, self.seed, self.device)
+        return islice(parts, partitions_of(self.rounds, self.num_tokens, self.batch_size, self.batch))
 
 
 Rounds = Partition | OrthogonalRounds
 """One partition, or several that are made as they are needed."""
+
+
+def partitions_of(rounds: int, num_tokens: int, batch_size: int, batch: Int[Tensor, " n"] | None = None) -> int:
+    """How many partitions let every token meet R (p − 1) others; there may be fewer."""
+    needed = 1
+    for size in [num_tokens] if batch is None else torch.bincount(batch).unique().tolist():
+        lines = _num_lines(size, batch_size)
+        if lines:  # a line may be shorter than p: two batches of more than √n tokens would share a pair
+            needed = max(needed, -(-rounds * (batch_size - 1) // max(size // lines - 1, 1)))
+    return needed
+
+
+def draw_rounds(
+    num_tokens: int,
+    batch_size: int,
+    rounds: int,
+    *,
+    batch: Int[Tensor, " n"] | None = None,
+    seed: int | None = None,
+    device: torch.device | None = None,
+) -> Rounds:
+    """One random partition, or R orthogonal rounds; `seed=None` draws a seed from torch's default generator."""
+    check_integer("rounds", rounds, 1)
+    seed = draw_seed() if seed is None else seed
+    if rounds == 1:
+        return random_partition(num_tokens, batch_size, batch=batch, seed=seed, device=device)
+    check_integer("batch_size", batch_size, 2)
+    return OrthogonalRounds(num_tokens, batch_size, rounds, batch, check_integer("seed", seed), device)
 
 
 def all_rounds(

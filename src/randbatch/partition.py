@@ -135,6 +135,11 @@ class Partition:
         return sum(rows for rows, _ in self.groups)
 
     @property
+    def is_whole(self) -> bool:
+        """Whether every set is one batch, so that attention inside batches is full attention."""
+        return self.num_batches <= (1 if self.set_sizes is None else self.set_sizes.numel())
+
+    @property
     def num_slots(self) -> int:
         """P, the size of the largest batch."""
         return self.groups[0][1] if self.groups else 0

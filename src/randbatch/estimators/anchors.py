@@ -4,7 +4,7 @@ The features of a token are all at hand: its in-batch attention A_δ (own logit 
 its batch and of its set. What they should add up to is known for S sampled tokens, the anchors, whose attention over
 the whole set is computed exactly: S · N products, no gradient, no label. No random number is drawn.
 
-Shape letters: N tokens, H heads, S anchors of each head, W widest batch, D head size of query and key, E of value.
+Shape letters: N tokens, H heads, S anchors of each head, D head size of query and key, E of value, K values of δ.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from randbatch._shapes import Float, Int
+from randbatch.estimators.at_tokens import AtTokens, SetsOf, attend_exactly, rows_of
 from randbatch.estimators.mean_field import Moments, of_set
-from randbatch.estimators.met import log_kappa, merge
 from randbatch.partition import Partition
 
-__all__ = ["Weights", "fit_weights"]
+__all__ = ["Anchors", "Weights", "fit_weights", "set_field"]
 
 _ANCHORS = 64  # with 32 the weights of heavy-tailed heads may miss the best by a fifth
 _CANDIDATES = 1024
@@ -39,6 +38,17 @@ class Weights:
     nu: Tensor
     lam: Tensor
 
+    def correct(
+        self,
+        local: Float[Tensor, "h s e"],
+        field: Float[Tensor, "h s e"],
+        batch_field: Float[Tensor, "h s e"],
+        mean: Float[Tensor, "h s e"],
+    ) -> Float[Tensor, "h s e"]:
+        """ŷ from A_δ, G, G_C and v̄."""
+        mu, nu, lam = (weight[:, None, None] for weight in (self.mu, self.nu, self.lam))
+        return field + mu * (local - field) + nu * (field - batch_field) + lam * (field - mean)
+
 
 @torch.no_grad()
 def fit_weights(
@@ -50,23 +60,47 @@ def fit_weights(
     scale: float,
 ) -> Weights:
     """Fit (δ, μ, ν, λ) of each head; the moments are those of the first round."""
-    part = moments.part
-    wide = moments.covariance.dtype
-    set_of_token = None if part.set_of_batch is None else part.unpack(part.spread(part.set_of_batch))
-    tokens, weight = _pick(query, moments, scale)
-    own_set = torch.zeros_like(tokens) if set_of_token is None else set_of_token[tokens]
-    heads = torch.arange(query.shape[1], device=query.device).unsqueeze(1)
-    q, v = _rows(query, tokens).to(wide), _rows(value, tokens).to(wide)  # [H, S, D], [H, S, E]
+    anchors = Anchors(query, key, value, moments, scale)
+    for part in rounds:
+        anchors.at.add(part)
+    return anchors.fit()
+
+
+class Anchors:
+    """Sampled tokens `[H, S]` with their exact attention; rounds are added to `at`."""
+
+    def __init__(
+        self,
+        query: Float[Tensor, "n h d"],
+        key: Float[Tensor, "n h d"],
+        value: Float[Tensor, "n h e"],
+        moments: Moments,
+        scale: float,
+    ) -> None:
+        tokens, self._weight = _pick(query, moments, scale)
+        self.at = AtTokens(query, key, value, tokens, scale)
+        sets = SetsOf(moments.part, tokens)
+        self._mean, self._linear = set_field(self.at.query, moments, sets.own, scale)
+        self._exact = attend_exactly(rows_of(query, tokens), key, value, sets, scale).to(self._mean.dtype)
+
+    def fit(self) -> Weights:
+        """The weights for the rounds that were added so far."""
+        at, mean, linear = self.at, self._mean, self._linear
+        debias = torch.tensor(_DEBIAS, device=mean.device, dtype=mean.dtype)
+        local, field = at.local(debias[:, None, None, None]), mean + linear  # [K, H, S, E], [H, S, E]
+        columns = (local - field, (field - at.field).expand_as(local), linear.expand_as(local))
+        target = self._exact - local - (field - at.field)
+        best, solution = _least_squares(columns, target, self._weight, at.value - mean)
+        return Weights(debias[best], *solution.to(mean.dtype).unbind(1))
+
+
+def set_field(
+    query: Float[Tensor, "h s d"], moments: Moments, own_set: Int[Tensor, "h s"], scale: float
+) -> tuple[Float[Tensor, "h s e"], Float[Tensor, "h s e"]]:
+    """Of a few tokens, the two parts of `G = v̄ + scale · Cov(v, k) q` of their sets."""
+    heads = torch.arange(len(query), device=query.device).unsqueeze(1)
     mean = moments.set_value_mean[own_set, heads]
-    linear = scale * torch.einsum("hsd,hsde->hse", q, moments.set_covariance[own_set, heads])
-    rest, odds, kappa, batch_field = _features(q, key, value, tokens, rounds, scale)
-    exact = _attend_exactly(_rows(query, tokens), key, value, own_set, set_of_token, scale).to(wide)
-    debias = torch.tensor(_DEBIAS, device=query.device, dtype=wide)[:, None, None, None]
-    local = rest + torch.sigmoid(odds.unsqueeze(-1) - debias * kappa.unsqueeze(-1)) * (v - rest)  # [K, H, S, E]
-    field = mean + linear
-    columns = (local - field, (field - batch_field).expand_as(local), linear.expand_as(local))
-    best, solution = _least_squares(columns, exact - local - (field - batch_field), weight, v - mean)
-    return Weights(debias.flatten()[best], *solution.to(wide).unbind(1))
+    return mean, scale * torch.einsum("hsd,hsde->hse", query, moments.set_covariance[own_set, heads])
 
 
 def _pick(query: Tensor, moments: Moments, scale: float) -> tuple[Int[Tensor, "h s"], Float[Tensor, "h s"]]:
@@ -101,59 +135,6 @@ def _pick(query: Tensor, moments: Moments, scale: float) -> tuple[Int[Tensor, "h
     picked = torch.searchsorted(chance, steps.expand(num_heads, -1).contiguous()).clamp(max=len(candidates) - 1)
     share = chance.diff(dim=1, prepend=chance.new_zeros(num_heads, 1)).gather(1, picked)
     return candidates[picked], (share * len(candidates)).clamp(min=tiny).rsqrt()
-
-
-def _features(
-    q: Tensor, key: Tensor, value: Tensor, tokens: Tensor, rounds: Iterable[Partition], scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Over all rounds: attention to the others, own logit minus theirs, log κ, and the mean field of the batches."""
-    num_rounds = 0
-    rest = lse = field = met = others = None
-    for part in rounds:
-        position = tokens if part.in_order else part.inverse[tokens]
-        starts, widths = part.starts_and_widths()
-        batch = part.spread(torch.arange(part.num_batches, device=tokens.device))[position]
-        start, width = starts[batch].unsqueeze(-1), widths[batch].unsqueeze(-1)  # [H, S, 1]
-        slots = torch.arange(part.num_slots, device=tokens.device)
-        index = start + torch.minimum(slots, width - 1)
-        filled = slots < width
-        index = index if part.in_order else part.order[index]
-        k, v = _rows(key, index).to(q.dtype), _rows(value, index).to(q.dtype)  # [H, S, W, D]
-        logits = torch.einsum("hsd,hswd->hsw", q, k) * scale
-        logits = logits.masked_fill(~filled | (index == tokens.unsqueeze(-1)), -torch.inf)
-        more_lse = logits.logsumexp(dim=-1)
-        weights = (logits - more_lse.clamp(min=torch.finfo(q.dtype).min).unsqueeze(-1)).exp()
-        more = torch.einsum("hsw,hswe->hse", weights, v)
-        share = (filled / width).unsqueeze(-1).to(q.dtype)
-        key_mean, value_mean = ((share * x).sum(dim=2, keepdim=True) for x in (k, v))
-        response = torch.einsum("hsd,hswd->hsw", q, k - key_mean) * share.squeeze(-1) * scale
-        now = value_mean.squeeze(2) + torch.einsum("hsw,hswe->hse", response, v)
-        met_now = width.squeeze(-1) - 1
-        if rest is None or lse is None or field is None or met is None:
-            rest, lse, field, met = more, more_lse, now, met_now
-            others = part.unpack(part.count_others())[tokens]
-        else:
-            (rest, lse), field, met = merge(rest, lse, more, more_lse), field + now, met + met_now
-        num_rounds += 1
-    assert rest is not None and lse is not None and field is not None and met is not None and others is not None
-    own = torch.einsum("hsd,hsd->hs", q, _rows(key, tokens).to(q.dtype)) * scale
-    return rest, own - lse, log_kappa(others, met).to(q.dtype), field / num_rounds
-
-
-def _rows(x: Float[Tensor, "n h d"], index: Int[Tensor, "h ..."]) -> Float[Tensor, "h ... d"]:
-    """`x[index[h], h]` for every head; a third of the time of indexing by both."""
-    return torch.stack(
-        [x[:, head].index_select(0, rows.flatten()).unflatten(0, rows.shape) for head, rows in enumerate(index)]
-    )
-
-
-def _attend_exactly(
-    query: Tensor, key: Tensor, value: Tensor, own_set: Tensor, set_of_token: Tensor | None, scale: float
-) -> Float[Tensor, "h s e"]:
-    """Attention of a few queries `[H, S, D]` to all keys of their sets."""
-    same = None if set_of_token is None else (own_set.unsqueeze(-1) == set_of_token).unsqueeze(0)
-    keys, values = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (key, value))
-    return F.scaled_dot_product_attention(query.unsqueeze(0), keys, values, attn_mask=same, scale=scale).squeeze(0)
 
 
 def _least_squares(

@@ -38,8 +38,8 @@ def corrected(
     """
     refuse_linear("corrected", interaction)
     first = rounds if isinstance(rounds, Partition) else next(iter(rounds))
-    if first.num_batches <= (1 if first.set_sizes is None else first.set_sizes.numel()):
-        return plain(query, key, value, first, interaction, options)  # every set in one batch: full attention
+    if first.is_whole:
+        return plain(query, key, value, first, interaction, options)  # full attention
     with torch.autocast(query.device.type, enabled=False):  # autocast would round the moments
         return _correct(query, key, value, rounds, first, options)
 

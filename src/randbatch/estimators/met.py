@@ -59,7 +59,7 @@ def _attend_once(
     """One round of one set: κ is the same for all batches of a width, so a shift of the own logit does it."""
     problem = Problem.of(query, value, options.scale, options.dropout_p)
     backend = pick_backend(options.backend, problem)
-    debias = torch.as_tensor(debias, device=query.device).expand(query.shape[1])
+    debias = torch.as_tensor(debias, device=query.device, dtype=_wide(query)).expand(query.shape[1])
     outs: list[Tensor] = []
     for q, k, v in zip(*(part.split(part.pack(tensor)) for tensor in (query, key, value)), strict=True):
         kappa = math.log((part.num_tokens - 1) / (q.shape[1] - 1)) if q.shape[1] > 1 else 0.0

@@ -15,10 +15,9 @@ from torch import Tensor
 from randbatch._checks import check_choice, check_integer, check_probability
 from randbatch._shapes import Float, Int
 from randbatch.estimators import pick_estimator
-from randbatch.functional import full_attention
 from randbatch.interactions import INTERACTIONS, Options
 from randbatch.nn._sets import PaddedSets, kept_where_zero
-from randbatch.nn.sampling import Sampling
+from randbatch.nn.sampling import Sampling, attend_in_batches
 from randbatch.partition import Partition
 
 __all__ = ["RandomBatchAttention", "no_fast_path"]
@@ -191,8 +190,10 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
         batch: Int[Tensor, " n"] | None,
     ) -> Float[Tensor, "n c"]:
         sampling = self.sampling
-        if sampling.exact_eval and not self.training and self.interaction == "softmax":
-            return self.out_proj(full_attention(*self._project(query, key, value), batch=batch).flatten(1))
+        if self.interaction == "softmax" and sampling.wants_tokens(self.training):
+            projected = self._project(query, key, value)
+            out = attend_in_batches(sampling, self.training, *projected, batch=batch, dropout_p=self.dropout)
+            return self.out_proj(out.flatten(1))
         rounds = sampling.draw(query.shape[0], self.training, batch=batch, device=query.device)
         options = Options(None, self.dropout if self.training else 0.0, sampling.backend)
         attend = pick_estimator(sampling.estimator)

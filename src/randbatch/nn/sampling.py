@@ -6,22 +6,25 @@ Shape letters: N tokens, B padded sets, H heads, D head size of query and key, D
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from randbatch._checks import check_batch_vector, check_choice, check_integer, check_qkv
+from randbatch._checks import check_batch_vector, check_choice, check_integer, check_positive, check_qkv
 from randbatch._shapes import Bool, Int, Shaped
 from randbatch.estimators import ESTIMATORS
-from randbatch.functional import draw_rounds, estimate, full_attention
+from randbatch.functional import estimate, full_attention
 from randbatch.interactions import Options
 from randbatch.kernels import BACKENDS
 from randbatch.nn._sets import PaddedSets
-from randbatch.orthogonal import Rounds
+from randbatch.orthogonal import Rounds, draw_rounds
 from randbatch.partition import Partition, fold_seed, random_partition
+from randbatch.tolerance import RoundsChoice, choose_rounds
 
 __all__ = ["Sampling", "apply_in_batches", "attend_in_batches", "set_inference"]
+
+Observer = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], None]
 
 
 @dataclass
@@ -39,6 +42,12 @@ class Sampling:
         backend: of softmax attention.
         seed: the partitions of eval.
         exact_eval: in eval, one batch holds each whole set: no sampling at all.
+        tolerance: in eval, as many rounds as keep the relative error of this module's attention below it (see
+            `choose_rounds`), instead of `eval_rounds`; for softmax attention only.
+
+    Attributes:
+        chosen: what `tolerance` led to in the last call.
+        observer: called with query, key, value, `batch` and the scale of every softmax attention of the module.
 
     Raises:
         TypeError: an argument that must be an int is not.
@@ -52,6 +61,9 @@ class Sampling:
     backend: str = "auto"
     seed: int = 0
     exact_eval: bool = False
+    tolerance: float | None = None
+    chosen: RoundsChoice | None = field(default=None, init=False, repr=False, compare=False)
+    observer: Observer | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_integer("batch_size", self.batch_size, 2)
@@ -61,6 +73,12 @@ class Sampling:
             check_integer("eval_rounds", self.eval_rounds, 1)
         check_choice("backend", self.backend, ["auto", *BACKENDS])
         check_integer("seed", self.seed)
+        if self.tolerance is not None:
+            check_positive("tolerance", self.tolerance)
+
+    def wants_tokens(self, training: bool) -> bool:
+        """Whether query, key and value must be there, in token order, before partitions are drawn."""
+        return self.observer is not None or (not training and (self.exact_eval or self.tolerance is not None))
 
     def draw(
         self,
@@ -73,6 +91,11 @@ class Sampling:
         """The partitions of one call."""
         check_batch_vector(batch, num_tokens, torch.device("cpu") if device is None else device)
         exact = self.exact_eval and not training
+        if self.tolerance is not None and not training and not exact:
+            raise ValueError(
+                "tolerance is for softmax attention, whose error is known; give set_inference `rounds` instead, or set "
+                "`sampling.tolerance` of this module to None"
+            )
         rounds = self.rounds if training or self.eval_rounds is None else self.eval_rounds
         return draw_rounds(
             num_tokens,
@@ -87,6 +110,7 @@ class Sampling:
         """What `print(module)` shows."""
         rounds = f"{self.rounds}" if self.eval_rounds is None else f"{self.rounds}, eval_rounds={self.eval_rounds}"
         exact = ", exact_eval=True" if self.exact_eval else ""
+        exact += "" if self.tolerance is None else f", tolerance={self.tolerance}"
         return f"batch_size={self.batch_size}, estimator={self.estimator!r}, rounds={rounds}, seed={self.seed}{exact}"
 
 
@@ -116,10 +140,20 @@ def attend_in_batches(
         return sets.restore(out)
     if mask is not None:
         raise ValueError("mask is for padded sets [B, N, H, D]; flat tokens [N, H, D] take batch")
+    if sampling.observer is not None:
+        sampling.observer(query, key, value, batch, scale)
     if sampling.exact_eval and not training:
         return full_attention(query, key, value, batch=batch, scale=scale)
     check_qkv(query, key, value)
-    rounds = sampling.draw(query.shape[0], training, batch=batch, device=query.device)
+    device = query.device
+    if sampling.tolerance is None or training:
+        rounds = sampling.draw(query.shape[0], training, batch=batch, device=device)
+    else:
+        p, seed = sampling.batch_size, sampling.seed
+        sampling.chosen = choose_rounds(
+            query, key, value, p, sampling.tolerance, batch=batch, estimator=sampling.estimator, scale=scale, seed=seed
+        )
+        rounds = draw_rounds(query.shape[0], p, sampling.chosen.rounds, batch=batch, seed=seed, device=device)
     options = Options(scale, dropout_p if training else 0.0, sampling.backend)
     return estimate(query, key, value, rounds, sampling.estimator, "softmax", options)
 
@@ -167,7 +201,14 @@ def _apply(function: Callable[[Tensor], Tensor], x: Tensor, part: Partition) -> 
     return part.unpack(part.join(outs))
 
 
-def set_inference(model: nn.Module, mode: str = "rounds", *, rounds: int | None = None, seed: int = 0) -> int:
+def set_inference(
+    model: nn.Module,
+    mode: str = "rounds",
+    *,
+    rounds: int | None = None,
+    tolerance: float | None = None,
+    seed: int = 0,
+) -> int:
     """Choose how a model with random batches predicts in eval; training is not changed.
 
     Args:
@@ -175,14 +216,18 @@ def set_inference(model: nn.Module, mode: str = "rounds", *, rounds: int | None 
         mode: `"exact"`: attention over each whole set, O(N²) time and O(N) memory for softmax; `"rounds"`: random
             batches, `rounds` partitions per layer.
         rounds: R >= 1, for `"rounds"` only. Default: 1.
+        tolerance: relative error > 0, for `"rounds"` only and instead of `rounds`: every softmax attention takes as
+            many rounds as keep its own error below it (see `choose_rounds`), and says so in `module.sampling.chosen`.
+            Errors of layers add up on their way to the output.
         seed: the partitions of eval; each module derives its own, so that layers do not share their batches.
 
     Returns:
         How many modules were set.
 
     Raises:
-        TypeError: `rounds` or `seed` is not an int.
-        ValueError: an unknown mode, `rounds` given with `"exact"`, or no module with random batches in the model.
+        TypeError: `rounds` or `seed` is not an int, or `tolerance` no number.
+        ValueError: an unknown mode, `rounds` or `tolerance` given with `"exact"` or both, or no module with random
+            batches in the model.
 
     Example:
         >>> layer = torch.nn.TransformerEncoderLayer(16, 4, batch_first=True)
@@ -192,8 +237,14 @@ def set_inference(model: nn.Module, mode: str = "rounds", *, rounds: int | None 
         1
     """
     check_choice("mode", mode, ("exact", "rounds"))
-    if rounds is not None and mode == "exact":
-        raise ValueError(f"rounds must be left out with mode 'exact', got {rounds}")
+    if mode == "exact":
+        for name, given in (("rounds", rounds), ("tolerance", tolerance)):
+            if given is not None:
+                raise ValueError(f"{name} must be left out with mode 'exact', got {given}")
+    if tolerance is not None:
+        check_positive("tolerance", tolerance)
+        if rounds is not None:
+            raise ValueError(f"rounds must be left out when tolerance is given, which chooses them; got {rounds}")
     rounds = check_integer("rounds", 1 if rounds is None else rounds, 1)
     check_integer("seed", seed)
     found = [sampling for module in model.modules() if (sampling := sampling_of(module)) is not None]
@@ -202,7 +253,7 @@ def set_inference(model: nn.Module, mode: str = "rounds", *, rounds: int | None 
     for position, sampling in enumerate(found):
         sampling.exact_eval = mode == "exact"
         if mode == "rounds":
-            sampling.eval_rounds = rounds
+            sampling.eval_rounds, sampling.tolerance, sampling.chosen = rounds, tolerance, None
             sampling.seed = fold_seed(seed, position)
     return len(found)
 

@@ -1,0 +1,135 @@
+"""What the estimators are made of, at a few tokens only: S · p operations a round, where all tokens take N · p.
+
+Shape letters: N tokens, H heads, S tokens looked at for each head, W widest batch, D head size of query and key, E of
+value, K values of δ.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from randbatch._shapes import Bool, Float, Int
+from randbatch.estimators.met import log_kappa, merge
+from randbatch.partition import Partition
+
+__all__ = ["AtTokens", "SetsOf", "attend_exactly", "rows_of"]
+
+_GATHERED = 2**24  # numbers of keys or values that are gathered at a time: 64 MiB in fp32
+
+
+class AtTokens:
+    """In-batch attention and mean fields of chosen tokens `[H, S]`, over all rounds that were added so far.
+
+    Attributes:
+        query: `[H, S, D]`, in at least fp32 as all that follows.
+        value: `[H, S, E]`, of the tokens themselves.
+    """
+
+    def __init__(
+        self,
+        query: Float[Tensor, "n h d"],
+        key: Float[Tensor, "n h d"],
+        value: Float[Tensor, "n h e"],
+        tokens: Int[Tensor, "h s"],
+        scale: float,
+    ) -> None:
+        wide = torch.promote_types(query.dtype, torch.float32)
+        self._key, self._value, self._scale, self.tokens = key, value, scale, tokens
+        self.query, self.value = rows_of(query, tokens).to(wide), rows_of(value, tokens).to(wide)
+        self._own = torch.einsum("hsd,hsd->hs", self.query, rows_of(key, tokens).to(wide)) * scale
+        self._rest = torch.zeros_like(self.value)  # attention to the others that were met
+        self._lse = torch.full_like(self._own, -torch.inf)
+        self._field = torch.zeros_like(self.value)
+        self._met = torch.zeros_like(tokens)
+        self._others = torch.zeros_like(tokens)
+        self._num_rounds = 0
+
+    def add(self, part: Partition) -> None:
+        """Let the tokens meet those of their batches in one more round."""
+        position = self.tokens if part.in_order else part.inverse[self.tokens]
+        starts, widths = part.starts_and_widths()
+        batch = part.spread(torch.arange(part.num_batches, device=position.device))[position]
+        start, width = starts[batch], widths[batch]
+        chunk = max(1, _GATHERED // (len(self._own) * part.num_slots * max(self.query.shape[2], self.value.shape[2])))
+        pieces = zip(*(x.split(chunk, dim=1) for x in (self.tokens, self.query, start, width)), strict=True)
+        results = zip(*(self._attend(part, *piece) for piece in pieces), strict=True)
+        more, more_lse, field = (torch.cat(result, dim=1) for result in results)
+        self._rest, self._lse = merge(self._rest, self._lse, more, more_lse)
+        self._field = self._field + field
+        self._met = self._met + width - 1
+        self._others = part.unpack(part.count_others())[self.tokens]
+        self._num_rounds += 1
+
+    def _attend(
+        self, part: Partition, tokens: Tensor, query: Tensor, start: Tensor, width: Tensor
+    ) -> tuple[Float[Tensor, "h s e"], Float[Tensor, "h s"], Float[Tensor, "h s e"]]:
+        """Attention to the others of the batch, its log-sum-exp, and the mean field of the batch."""
+        start, width = start.unsqueeze(-1), width.unsqueeze(-1)  # [H, S, 1]
+        slots = torch.arange(part.num_slots, device=tokens.device)
+        index = start + torch.minimum(slots, width - 1)
+        filled = slots < width
+        index = index if part.in_order else part.order[index]
+        k, v = rows_of(self._key, index).to(query.dtype), rows_of(self._value, index).to(query.dtype)  # [H, S, W, D]
+        logits = torch.einsum("hsd,hswd->hsw", query, k) * self._scale
+        logits = logits.masked_fill(~filled | (index == tokens.unsqueeze(-1)), -torch.inf)
+        lse = logits.logsumexp(dim=-1)
+        weights = (logits - lse.clamp(min=torch.finfo(query.dtype).min).unsqueeze(-1)).exp()
+        out = torch.einsum("hsw,hswe->hse", weights, v)
+        share = (filled / width).unsqueeze(-1).to(query.dtype)
+        key_mean, value_mean = ((share * x).sum(dim=2, keepdim=True) for x in (k, v))
+        response = torch.einsum("hsd,hswd->hsw", query, k - key_mean) * share.squeeze(-1) * self._scale
+        return out, lse, value_mean.squeeze(2) + torch.einsum("hsw,hswe->hse", response, v)
+
+    @property
+    def met_all(self) -> Bool[Tensor, "h s"]:
+        """Whether a token met every other of its set."""
+        return self._met == self._others
+
+    @property
+    def field(self) -> Float[Tensor, "h s e"]:
+        """The mean field of the batches, on average over the rounds."""
+        return self._field / self._num_rounds
+
+    def local(self, debias: float | Tensor) -> Float[Tensor, "... h s e"]:
+        """Attention to the tokens that were met and to oneself, with the own logit lowered by δ log κ.
+
+        `debias` is δ, and broadcasts against `[H, S, E]`.
+        """
+        kappa = log_kappa(self._others, self._met).to(self._own.dtype).unsqueeze(-1)
+        own = torch.sigmoid((self._own - self._lse).unsqueeze(-1) - debias * kappa)
+        return self._rest + own * (self.value - self._rest)
+
+
+def rows_of(x: Float[Tensor, "n h d"], index: Int[Tensor, "h ..."]) -> Float[Tensor, "h ... d"]:
+    """`x[index[h], h]` for every head; a third of the time of indexing by both."""
+    return torch.stack(
+        [x[:, head].index_select(0, rows.flatten()).unflatten(0, rows.shape) for head, rows in enumerate(index)]
+    )
+
+
+class SetsOf:
+    """Which set the chosen tokens `[H, S]`, and all others, are of.
+
+    Attributes:
+        own: `[H, S]`, a number from 0 on.
+        of_token: `[N]`; None where there is one set.
+    """
+
+    def __init__(self, part: Partition, tokens: Int[Tensor, "h s"]) -> None:
+        self.of_token = None if part.set_of_batch is None else part.unpack(part.spread(part.set_of_batch))
+        self.own = torch.zeros_like(tokens) if self.of_token is None else self.of_token[tokens]
+
+
+def attend_exactly(
+    query: Float[Tensor, "h s d"],
+    key: Float[Tensor, "n h d"],
+    value: Float[Tensor, "n h e"],
+    sets: SetsOf,
+    scale: float,
+) -> Float[Tensor, "h s e"]:
+    """Attention of the chosen tokens to all keys of their sets."""
+    same = None if sets.of_token is None else (sets.own.unsqueeze(-1) == sets.of_token).unsqueeze(0)
+    keys, values = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (key, value))
+    return F.scaled_dot_product_attention(query.unsqueeze(0), keys, values, attn_mask=same, scale=scale).squeeze(0)
