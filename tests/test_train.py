@@ -16,6 +16,7 @@ import torch
 from sklearn.metrics import f1_score, roc_auc_score
 from torch import nn
 
+from randbatch._files import write_bytes
 from randbatch.cli import main
 from randbatch.estimators import ESTIMATORS
 from randbatch.models import ATTENTIONS, CONVOLUTIONS
@@ -24,7 +25,6 @@ from randbatch.train import loop as loop_module
 from randbatch.train.checkpoint import load_checkpoint, load_weights, read_tensors, save_checkpoint, save_tensors
 from randbatch.train.config import Attention, Settings
 from randbatch.train.data import GroupsOptions, make_groups
-from randbatch.train.files import write_bytes
 from randbatch.train.loop import read_log
 from randbatch.train.machine import pick_device
 from randbatch.train.metrics import loss, score

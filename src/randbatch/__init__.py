@@ -6,7 +6,7 @@
 torch.Size([100000, 4, 16])
 """
 
-from randbatch import integrations, models, nn
+from randbatch import analysis, integrations, models, nn
 from randbatch.conversion import ConversionReport, convert
 from randbatch.functional import full_attention, random_batch_attention
 from randbatch.nn.sampling import set_inference
@@ -21,6 +21,7 @@ __all__ = [
     "Partition",
     "RoundsChoice",
     "__version__",
+    "analysis",
     "choose_rounds",
     "convert",
     "full_attention",

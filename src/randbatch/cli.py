@@ -1,4 +1,4 @@
-"""The command line: `randbatch train`, `randbatch datasets`."""
+"""The command line: `randbatch train`, `randbatch analyze`, `randbatch datasets`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from randbatch._optional import require
 from randbatch.train import PRESETS, SweepConfig, preset, train_sweep
+from randbatch.train.analyze import AnalyzeConfig, analyze_run
 from randbatch.train.data import DATASETS
 from randbatch.train.sweep import Interrupted, load_sweep
 
@@ -30,13 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(config, DatasetsConfig):
             print("data sets:", ", ".join(DATASETS))
             print("presets:", ", ".join(PRESETS))
+        elif isinstance(config, AnalyzeConfig):
+            analyze_run(config)
         else:
             train_sweep(config)
     except Interrupted as error:
         print(f"\ninterrupted; go on with: randbatch train --resume {error.folder}", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
-        print("\ninterrupted before anything was trained", file=sys.stderr)
+        print("\ninterrupted before anything was written", file=sys.stderr)
         return 130
     except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
         print(f"randbatch: {error}", file=sys.stderr)
@@ -44,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str]) -> SweepConfig | DatasetsConfig:
+def _parse(argv: Sequence[str]) -> SweepConfig | AnalyzeConfig | DatasetsConfig:
     """Parse the arguments; the defaults are those of the preset, or of the run that is resumed."""
     tyro: Any = require("tyro")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -55,6 +58,7 @@ def _parse(argv: Sequence[str]) -> SweepConfig | DatasetsConfig:
     defaults = preset(named.preset, named.dataset) if named.resume is None else load_sweep(named.resume)
     commands: Any = (
         Annotated[SweepConfig, tyro.conf.subcommand("train", default=defaults)]
+        | Annotated[AnalyzeConfig, tyro.conf.subcommand("analyze"), tyro.conf.PositionalRequiredArgs]
         | Annotated[DatasetsConfig, tyro.conf.subcommand("datasets", default=DatasetsConfig())]
     )
     config = tyro.cli(commands, prog="randbatch", args=list(argv))

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from randbatch._files import write_bytes
 from randbatch._optional import require
-from randbatch.train.files import write_bytes
 
 __all__ = ["load_checkpoint", "load_weights", "read_tensors", "save_checkpoint", "save_tensors"]
 

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from randbatch._files import read_json, write_json, write_text
 from randbatch._optional import require
 from randbatch.models import GraphTransformer
 from randbatch.train.checkpoint import load_checkpoint, save_checkpoint, save_tensors
 from randbatch.train.config import RunConfig, to_json
 from randbatch.train.data import Dataset, Graph, Metric
-from randbatch.train.files import read_json, write_json, write_text
 from randbatch.train.machine import commit, peak_memory, pick_device, reset_peak_memory, versions
 from randbatch.train.metrics import loss, score
 
-__all__ = ["read_log", "train_run"]
+__all__ = ["WEIGHTS", "Trainer", "read_log", "read_result", "train_run"]
 
 CHECKPOINT, WEIGHTS, LOG, RESULT = "checkpoint.safetensors", "best.safetensors", "log.jsonl", "result.json"
 
@@ -36,7 +36,7 @@ class _Minibatch:
     batch: Tensor | None
 
 
-class _Trainer:
+class Trainer:
     """A model, its optimizer and its data on a device."""
 
     def __init__(self, config: RunConfig, dataset: Dataset) -> None:
@@ -137,7 +137,7 @@ def train_run(config: RunConfig, dataset: Dataset, folder: Path, *, label: str =
     Raises:
         ValueError: the checkpoint is truncated, of another model or of other settings. The folder stays as it was.
     """
-    trainer = _Trainer(config, dataset)
+    trainer = Trainer(config, dataset)
     state: dict[str, Any] = {"epoch": 0, "best_epoch": 0, "val": float("-inf"), "test": 0.0, "peak_memory_bytes": 0}
     free = {"root", "device"} if config.lr_decay else {"root", "device", "epochs"}  # what a resumed run may change
     settings = {name: value for name, value in to_json(config).items() if name not in free}
@@ -167,7 +167,7 @@ def train_run(config: RunConfig, dataset: Dataset, folder: Path, *, label: str =
     return result
 
 
-def _one_epoch(trainer: _Trainer, epoch: int, state: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _one_epoch(trainer: Trainer, epoch: int, state: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train, evaluate when it is time, keep the weights if they are the best so far; the line of the log."""
     start = time.perf_counter()
     line: dict[str, Any] = {"epoch": epoch, "loss": trainer.train_epoch(trainer.config.lr_of(epoch))}
@@ -180,7 +180,7 @@ def _one_epoch(trainer: _Trainer, epoch: int, state: dict[str, Any], folder: Pat
     return line
 
 
-def _result(trainer: _Trainer, state: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _result(trainer: Trainer, state: dict[str, Any], folder: Path) -> dict[str, Any]:
     config = trainer.config
     random = config.attention == "rba"
     return {

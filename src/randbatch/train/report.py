@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from randbatch._files import write_picture
 from randbatch._optional import require
 
 __all__ = ["draw_curves", "table"]
@@ -90,8 +91,5 @@ def draw_curves(runs: Sequence[Run], path: Path) -> None:
     for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{runs[0][0]['dataset']}: test score at the epoch with the best validation score")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.png")
-    figure.savefig(temporary, dpi=120)
-    temporary.replace(path)
+    write_picture(path, figure)
     plt.close(figure)

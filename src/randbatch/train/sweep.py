@@ -9,9 +9,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from randbatch._files import read_json, write_json, write_text
 from randbatch.train.config import RunConfig, SweepConfig, sweep_from_json, to_json
 from randbatch.train.data import load_dataset
-from randbatch.train.files import read_json, write_json, write_text
 from randbatch.train.loop import read_log, read_result, train_run
 from randbatch.train.machine import pick_device
 from randbatch.train.report import draw_curves, table

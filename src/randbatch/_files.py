@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_json", "write_bytes", "write_json", "write_text"]
+__all__ = ["read_json", "write_bytes", "write_json", "write_picture", "write_text"]
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -35,6 +36,13 @@ def write_text(path: Path, content: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Replace `path` by a JSON document in one step."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_picture(path: Path, figure: Any) -> None:
+    """Replace `path` by a PNG of a matplotlib figure in one step."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    write_bytes(path, content.getvalue())
 
 
 def read_json(path: Path) -> Any:
