@@ -29,8 +29,8 @@ class Moments:
         part: the partition.
         set_sizes: `[G]`.
         share: `[M, 1, 1]`, the share of the batch in its set.
-        keys: centred keys, head-major, one `[rows · H, width, D]` per batch size.
-        values: values, head-major, one `[rows · H, width, E]` per batch size.
+        keys: centred keys, one `[rows, width, H, D]` per batch size.
+        values: values, one `[rows, width, H, E]` per batch size.
         key_offset: `[M, H, D]`, mean key of the batch minus that of its set.
         value_mean: `[M, H, E]`.
         value_offset: `[M, H, E]`, mean value of the batch minus that of its set.
@@ -61,16 +61,13 @@ class Moments:
         covariances: list[Tensor] = []
         with torch.no_grad():
             for k, v in zip(part.split(part.pack(key)), part.split(part.pack(value)), strict=True):
-                rows, width, heads, size = k.shape
-                mean = k.mean(dim=1, dtype=torch.promote_types(k.dtype, torch.float32))
-                centred = mean.new_empty(rows, heads, width, size)
-                torch.sub(k.transpose(1, 2), mean.unsqueeze(2), out=centred)  # centred and turned in one pass
-                k, v = centred.flatten(0, 1), head_major(v)
-                keys.append(k)
-                values.append(v)
+                wide = torch.promote_types(k.dtype, torch.float32)
+                mean = k.mean(dim=1, dtype=wide)
+                keys.append(k - mean.unsqueeze(1))
+                values.append(v.to(wide))
                 key_means.append(mean)
-                value_means.append(v.mean(dim=1).unflatten(0, (rows, heads)))
-                covariances.append((k.mT @ v).div_(width).unflatten(0, (rows, heads)))
+                value_means.append(v.mean(dim=1, dtype=wide))
+                covariances.append(_sum_outer(keys[-1], values[-1]).div_(k.shape[1]))
             key_mean, value_mean, covariance = (torch.cat(x) for x in (key_means, value_means, covariances))
             set_sizes = (
                 torch.full((1,), part.num_tokens, device=key.device) if part.set_sizes is None else part.set_sizes
@@ -97,13 +94,22 @@ class Moments:
         )
 
 
-def head_major(x: Float[Tensor, "m p h d"]) -> Float[Tensor, "mh p d"]:
-    """`[M, P, H, D]` to `[M · H, P, D]`, in at least fp32: the layout of batched matrix products."""
-    return x.transpose(1, 2).to(torch.promote_types(x.dtype, torch.float32)).flatten(0, 1)
+# Products go head by head on views of `[M, P, H, D]`: half the time of all heads at once on transposed copies.
 
 
-def _from_head_major(x: Float[Tensor, "mh p d"], heads: int) -> Float[Tensor, "m p h d"]:
-    return x.unflatten(0, (-1, heads)).transpose(1, 2)
+def _sum_outer(left: Float[Tensor, "m p h d"], right: Float[Tensor, "m p h e"]) -> Float[Tensor, "m h d e"]:
+    """`Σ_p left rightᵀ` of each batch and head."""
+    return torch.stack([left[:, :, head].mT @ right[:, :, head] for head in range(left.shape[2])], dim=1)
+
+
+def _multiply(
+    blocks: Float[Tensor, "m p h d"], matrices: Float[Tensor, "m h d e"], shifts: Float[Tensor, "m h e"]
+) -> Float[Tensor, "m p h e"]:
+    """`x W + b` with a matrix and a shift for each batch and head."""
+    out = blocks.new_empty(*blocks.shape[:3], matrices.shape[3])
+    for head in range(blocks.shape[2]):
+        out[:, :, head] = torch.baddbmm(shifts[:, head].unsqueeze(1), blocks[:, :, head], matrices[:, head])
+    return out
 
 
 def sum_over_sets(part: Partition, x: Shaped[Tensor, "m ..."]) -> Shaped[Tensor, "g ..."]:
@@ -147,17 +153,16 @@ class _AddMeanField(torch.autograd.Function):
         scale: float,
         weights: tuple[Tensor, Tensor, Tensor, Tensor],
     ) -> Tensor:
-        part, heads = moments.part, query.shape[1]
+        part = moments.part
         of_local, alpha, beta, nu = (weight.to(moments.covariance.dtype).unsqueeze(1) for weight in weights)
         shift = alpha * of_set(part, moments.set_value_mean) - nu * moments.value_mean
         slope = beta.unsqueeze(2) * of_set(part, moments.set_covariance) - nu.unsqueeze(2) * moments.covariance
-        slope = (slope * scale).flatten(0, 1)
-        shift = shift.flatten(0, 1).unsqueeze(1)
-        queries = [head_major(block) for block in part.split(part.pack(query))]
+        slope = slope * scale
+        queries = [block.to(slope.dtype) for block in part.split(part.pack(query))]
         rows = [block.shape[0] for block in queries]
-        pieces = zip(shift.split(rows), queries, slope.split(rows), strict=True)
-        linear = [_from_head_major(torch.baddbmm(s, q, w), heads) for s, q, w in pieces]
-        out = (part.unpack(part.join(linear)) + of_local * local).to(local.dtype)
+        pieces = zip(queries, slope.split(rows), shift.split(rows), strict=True)
+        linear = part.unpack(part.join([_multiply(*piece) for piece in pieces]))
+        out = torch.addcmul(linear, local, of_local).to(local.dtype)
         per_batch = moments.share, moments.key_offset, moments.value_mean, moments.value_offset
         # saved as tensors, not as an attribute, so that checkpointing sees them
         ctx.save_for_backward(
@@ -171,14 +176,12 @@ class _AddMeanField(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         slope, of_local, alpha, beta, nu, share, key_offset, value_mean, value_offset, *rest = ctx.saved_tensors
         (grad,) = grads
-        part, heads = ctx.part, grad.shape[1]
+        part = ctx.part
         num = len(part.groups)
         queries, keys, values = rest[:num], rest[num : 2 * num], rest[2 * num :]
-        blocks = [head_major(block) for block in part.split(part.pack(grad))]
-        to_slope = (
-            torch.cat([q.mT @ g for q, g in zip(queries, blocks, strict=True)]).unflatten(0, (-1, heads)) * ctx.scale
-        )
-        to_shift = torch.cat([g.sum(dim=1) for g in blocks]).unflatten(0, (-1, heads))
+        blocks = [block.to(slope.dtype) for block in part.split(part.pack(grad))]
+        to_slope = torch.cat([_sum_outer(q, g) for q, g in zip(queries, blocks, strict=True)]) * ctx.scale
+        to_shift = torch.cat([g.sum(dim=1) for g in blocks])
         to_set_covariance = of_set(part, sum_over_sets(part, beta.unsqueeze(2) * to_slope))
         to_set_mean = of_set(part, sum_over_sets(part, alpha * to_shift))
         to_covariance = share.unsqueeze(-1) * to_set_covariance - nu.unsqueeze(2) * to_slope
@@ -186,16 +189,13 @@ class _AddMeanField(torch.autograd.Function):
         to_value_mean = to_value_mean + share * torch.einsum("mhd,mhde->mhe", key_offset, to_set_covariance)
         to_key_mean = share * torch.einsum("mhe,mhde->mhd", value_offset, to_set_covariance)
         rows = [block.shape[0] for block in blocks]
-        per_batch = (to_covariance, value_mean, to_key_mean, to_value_mean, slope.unflatten(0, (-1, heads)))
-        pieces = zip(*(x.flatten(0, 1).split(rows) for x in per_batch), keys, values, blocks, strict=True)
+        per_batch = (to_covariance, value_mean, to_key_mean, to_value_mean, slope)
+        pieces = zip(*(x.split(rows) for x in per_batch), keys, values, blocks, strict=True)
         results: list[tuple[Tensor, Tensor, Tensor]] = []
         for cov, own_mean, key_mean, mean, w, k, v, g in pieces:
-            cov = cov / k.shape[1]
-            to_key = torch.baddbmm((key_mean / k.shape[1]).unsqueeze(1) - own_mean.unsqueeze(1) @ cov.mT, v, cov.mT)
-            to_value = torch.baddbmm((mean / k.shape[1]).unsqueeze(1), k, cov)
-            results.append((g @ w.mT, to_key, to_value))
-        moved = [
-            part.unpack(part.join([_from_head_major(block, heads) for block in column])).to(grad.dtype)
-            for column in zip(*results, strict=True)
-        ]
+            cov, key_mean, mean = (x / k.shape[1] for x in (cov, key_mean, mean))
+            of_key = key_mean - torch.einsum("mhe,mhde->mhd", own_mean, cov)
+            to_query = _multiply(g, w.mT, torch.zeros_like(key_mean))
+            results.append((to_query, _multiply(v, cov.mT, of_key), _multiply(k, cov, mean)))
+        moved = [part.unpack(part.join(list(column))).to(grad.dtype) for column in zip(*results, strict=True)]
         return *moved, (of_local * grad).to(grad.dtype), None, None, None
