@@ -2,9 +2,7 @@
 
 The features of a token are all at hand: its in-batch attention A_δ (own logit lowered by δ log κ), the mean fields of
 its batch and of its set. What they should add up to is known for S sampled tokens, the anchors, whose attention over
-the whole set is computed: S · N products, no gradient, no label. Where N is many times p, so exact a target is of no
-use: then it is attention to K = 64 p keys, less what their mean field differs from that of the set; its variance
-is 1/64 of the batch's, and the cost does not grow with N. No random number is drawn.
+the whole set is computed exactly: S · N products, no gradient, no label. No random number is drawn.
 
 Shape letters: N tokens, H heads, S anchors of each head, D head size of query and key, E of value, K values of δ.
 """
@@ -29,7 +27,6 @@ _CANDIDATES = 1024
 _CANDIDATE_BATCHES = 32
 _DEBIAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _RIDGE = 1e-6  # only breaks ties
-_KEYS = 64  # for each that a token met
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,9 +79,9 @@ class Anchors:
     ) -> None:
         tokens, self._weight = _pick(query, moments, scale)
         self.at = AtTokens(query, key, value, tokens, scale)
-        self._sets = SetsOf(moments.part, tokens)
-        self._mean, self._linear = set_field(self.at.query, moments, self._sets.own, scale)
-        self._tensors, self._order, self._scale = (query, key, value), moments.part.order, scale
+        sets = SetsOf(moments.part, tokens)
+        self._mean, self._linear = set_field(self.at.query, moments, sets.own, scale)
+        self._exact = attend_exactly(rows_of(query, tokens), key, value, sets, scale).to(self._mean.dtype)
 
     def fit(self) -> Weights:
         """The weights for the rounds that were added so far."""
@@ -92,18 +89,9 @@ class Anchors:
         debias = torch.tensor(_DEBIAS, device=mean.device, dtype=mean.dtype)
         local, field = at.local(debias[:, None, None, None]), mean + linear  # [K, H, S, E], [H, S, E]
         columns = (local - field, (field - at.field).expand_as(local), linear.expand_as(local))
-        target = self._attend(field) - local - (field - at.field)
+        target = self._exact - local - (field - at.field)
         best, solution = _least_squares(columns, target, self._weight, at.value - mean)
         return Weights(debias[best], *solution.to(mean.dtype).unbind(1))
-
-    def _attend(self, field: Float[Tensor, "h s e"]) -> Float[Tensor, "h s e"]:
-        """What the anchors' output should be, from all keys of their sets or from enough of them."""
-        num_keys = _KEYS * self.at.most_met
-        if self._sets.of_token is None and num_keys < len(self._order):
-            out, field_of_keys = self.at.attend_to(self._order[:num_keys])  # at the front of a random order
-            return out + field - field_of_keys
-        query, key, value = self._tensors
-        return attend_exactly(rows_of(query, self.at.tokens), key, value, self._sets, self._scale).to(field.dtype)
 
 
 def set_field(

@@ -25,7 +25,6 @@ class AtTokens:
     Attributes:
         query: `[H, S, D]`, in at least fp32 as all that follows.
         value: `[H, S, E]`, of the tokens themselves.
-        most_met: no token met more others than these.
     """
 
     def __init__(
@@ -46,7 +45,6 @@ class AtTokens:
         self._met = torch.zeros_like(tokens)
         self._others = torch.zeros_like(tokens)
         self._num_rounds = 0
-        self.most_met = 0
 
     def add(self, part: Partition) -> None:
         """Let the tokens meet those of their batches in one more round."""
@@ -63,7 +61,6 @@ class AtTokens:
         self._met = self._met + width - 1
         self._others = part.unpack(part.count_others())[self.tokens]
         self._num_rounds += 1
-        self.most_met += part.num_slots - 1
 
     def _attend(
         self, part: Partition, tokens: Tensor, query: Tensor, start: Tensor, width: Tensor
@@ -103,23 +100,6 @@ class AtTokens:
         kappa = log_kappa(self._others, self._met).to(self._own.dtype).unsqueeze(-1)
         own = torch.sigmoid((self._own - self._lse).unsqueeze(-1) - debias * kappa)
         return self._rest + own * (self.value - self._rest)
-
-    def attend_to(self, index: Int[Tensor, " k"]) -> tuple[Float[Tensor, "h s e"], Float[Tensor, "h s e"]]:
-        """Debiased attention to the tokens `index` of the one set, and their mean field."""
-        wide = self.query.dtype
-        keys, values = (
-            x.index_select(0, index).to(wide).transpose(0, 1) for x in (self._key, self._value)
-        )  # [H, K, D]
-        itself = self.tokens.unsqueeze(-1) == index
-        logits = (self.query @ keys.mT).mul_(self._scale).masked_fill_(itself, -torch.inf)
-        lse = logits.logsumexp(dim=-1)
-        rest = logits.sub_(lse.unsqueeze(-1)).exp_() @ values
-        met = len(index) - itself.sum(dim=-1)
-        kappa = log_kappa(torch.full_like(met, len(self._key) - 1), met).to(wide)
-        own = torch.sigmoid(self._own - lse - kappa).unsqueeze(-1)
-        covariance = (keys - keys.mean(dim=1, keepdim=True)).mT @ values / len(index)
-        field = torch.baddbmm(values.mean(dim=1, keepdim=True), self.query, covariance, alpha=self._scale)
-        return rest + own * (self.value - rest), field
 
 
 def rows_of(x: Float[Tensor, "n h d"], index: Int[Tensor, "h ..."]) -> Float[Tensor, "h ... d"]:
