@@ -109,9 +109,9 @@ class Sampling:
     def describe(self) -> str:
         """What `print(module)` shows."""
         rounds = f"{self.rounds}" if self.eval_rounds is None else f"{self.rounds}, eval_rounds={self.eval_rounds}"
-        exact = ", exact_eval=True" if self.exact_eval else ""
-        exact += "" if self.tolerance is None else f", tolerance={self.tolerance}"
-        return f"batch_size={self.batch_size}, estimator={self.estimator!r}, rounds={rounds}, seed={self.seed}{exact}"
+        more = ", exact_eval=True" if self.exact_eval else ""
+        more += "" if self.tolerance is None else f", tolerance={self.tolerance}"
+        return f"batch_size={self.batch_size}, estimator={self.estimator!r}, rounds={rounds}, seed={self.seed}{more}"
 
 
 def attend_in_batches(
