@@ -10,6 +10,7 @@ __all__ = ["require"]
 _EXTRAS = {
     "matplotlib": "train",
     "ogb": "ogb",
+    "ot": "particles",
     "safetensors": "train",
     "torch_geometric": "graph",
     "torchmetrics": "train",

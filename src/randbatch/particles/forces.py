@@ -1,0 +1,146 @@
+"""Pair forces: linear, radial, the repulsion of eigenvalues, the alignment of velocities.
+
+Shape letters: B sets, m particles in each, n of them that are looked at, D dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from randbatch._checks import check_positive
+from randbatch._shapes import Float
+from randbatch.particles.interaction import Interaction, Sets
+
+__all__ = ["Alignment", "EigenvalueRepulsion", "LinearForce", "RadialForce"]
+
+
+@dataclass(frozen=True, eq=False)
+class LinearForce(Interaction):
+    """`F_i = −κ/(m−1) Σ_{j≠i} (x_i − x_j)`, by the mean of the set: O(m), and solved exactly.
+
+    In a set the mean stays and distances to it shrink by `exp(−κ m τ/(m−1))`.
+
+    Args:
+        strength: κ > 0.
+    """
+
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_positive("strength", self.strength)
+
+    def force(self, sets: Sets, rows: slice) -> Float[Tensor, "b n d"]:
+        """The force on the particles `rows` of every set, `[B, n, D]`."""
+        size = sets.x.shape[1]
+        return (sets.x.mean(dim=1, keepdim=True) - sets.x[:, rows]) * (self.strength * size / sets.others)
+
+    def flow(self, sets: Sets, tau: float) -> Float[Tensor, "b m d"]:
+        """The states after a time `tau` of this force alone, exactly."""
+        mean = sets.x.mean(dim=1, keepdim=True)
+        return torch.lerp(mean, sets.x, math.exp(-self.strength * sets.x.shape[1] * tau / sets.others))
+
+
+@dataclass(frozen=True, eq=False)
+class RadialForce(Interaction):
+    """`F_i = 1/(m−1) Σ_{j≠i} a[s_i, s_j] w_j g(|x_i − x_j|²) (x_i − x_j)`, positive g pushes apart.
+
+    The matrix of all `g` is one matrix product away from the force, `x_i Σ_j G_ij − Σ_j G_ij x_j`: no tensor of
+    differences `[n, m, D]` is ever made.
+
+    Args:
+        profile: g, from squared distances to numbers, both of any shape. What it gives at the distance 0 of a particle
+            to itself is ignored; two particles at one place meet whatever it gives there.
+        singular: whether g changes fast near 0. Distances then come from differences, and not from
+            `|x|² + |y|² − 2 x·y`, which is faster in many dimensions and loses digits of small distances.
+        strength: `[species, species]`, a; the row is the species that feels. Default: 1.
+
+    Example:
+        >>> spring = RadialForce(lambda squared: -torch.ones_like(squared))
+        >>> spring.force(Sets(torch.tensor([[[0.0], [1.0], [5.0]]]), population=3), slice(0, 3)).flatten()
+        tensor([ 3.0000,  1.5000, -4.5000])
+    """
+
+    profile: Callable[[Tensor], Tensor]
+    singular: bool = False
+    strength: Float[Tensor, "k k"] | None = None
+
+    takes_weights: ClassVar[bool] = True
+    takes_species: ClassVar[bool] = True
+
+    def force(self, sets: Sets, rows: slice) -> Float[Tensor, "b n d"]:
+        """The force on the particles `rows` of every set, `[B, n, D]`."""
+        factors = self.factors(sets, rows)
+        return factors.sum(dim=2, keepdim=True) * sets.x[:, rows] - factors @ sets.x
+
+    def factors(self, sets: Sets, rows: slice) -> Float[Tensor, "b n m"]:
+        """G, what multiplies each difference `x_i − x_j`, `[B, n, m]`; 0 for a particle and itself."""
+        x = sets.x
+        factors = self.profile(_squared_distances(x[:, rows], x, self.singular))
+        if sets.weights is not None:
+            factors = factors * sets.weights.unsqueeze(1)
+        if self.strength is not None and sets.species is not None:
+            pairs = sets.species[:, rows].unsqueeze(2), sets.species.unsqueeze(1)
+            factors = factors * self.strength.to(x)[pairs]
+        factors = factors / sets.others
+        factors.diagonal(offset=rows.start, dim1=1, dim2=2).zero_()
+        return factors
+
+
+def _squared_distances(x: Float[Tensor, "b n d"], y: Float[Tensor, "b m d"], exact: bool) -> Float[Tensor, "b n m"]:
+    if exact:
+        return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square_()
+    squares = x.square().sum(dim=2, keepdim=True) + y.square().sum(dim=2).unsqueeze(1)
+    return torch.baddbmm(squares, x, y.mT, alpha=-2).clamp_(min=0)
+
+
+@dataclass(frozen=True, eq=False)
+class EigenvalueRepulsion(Interaction):
+    """`F_i = 1/(m−1) Σ_{j≠i} 1/(x_i − x_j)` on the line; two particles are solved exactly.
+
+    A pair keeps its mean and its order, and its gap grows as `gap² → gap² + 4 τ`: no step is too large.
+
+    Source: Jin, Li, Liu, arXiv 1812.10575, section 4.1 (Dyson Brownian motion).
+    """
+
+    def force(self, sets: Sets, rows: slice) -> Float[Tensor, "b n 1"]:
+        """The force on the particles `rows` of every set, `[B, n, 1]`."""
+        gaps = sets.x[:, rows] - sets.x.mT
+        gaps.diagonal(offset=rows.start, dim1=1, dim2=2).fill_(torch.inf)
+        return gaps.reciprocal_().sum(dim=2, keepdim=True) / sets.others
+
+    def flow(self, sets: Sets, tau: float) -> Float[Tensor, "b m 1"] | None:
+        """The states of pairs after a time `tau` of this force alone, exactly; None for larger sets."""
+        if sets.x.shape[1] > 2:
+            return None
+        if sets.x.shape[1] < 2:
+            return sets.x
+        mean = sets.x.mean(dim=1, keepdim=True)
+        half = (sets.x[:, :1] - sets.x[:, 1:]) / 2  # its square grows by τ; two at one place part, the first upwards
+        half = torch.copysign((half.square() + tau).sqrt(), half)
+        return torch.cat([mean + half, mean - half], dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment(Interaction):
+    """`dv_i/dt = 1/(m−1) Σ_{j≠i} ψ(|x_i − x_j|²) (v_j − v_i)`; a particle's state is `(x_i, v_i)`, side by side.
+
+    Args:
+        profile: ψ, from squared distances to numbers.
+
+    Source: Cucker, Smale, "Emergent behavior in flocks", IEEE TAC 52 (2007), equation 1.
+    """
+
+    profile: Callable[[Tensor], Tensor]
+
+    def force(self, sets: Sets, rows: slice) -> Float[Tensor, "b n s"]:
+        """Zeros for the positions, and the force on the velocities, `[B, n, 2 D]`."""
+        x, v = sets.x.chunk(2, dim=2)
+        near = self.profile(_squared_distances(x[:, rows], x, exact=False)) / sets.others
+        pull = near @ v - near.sum(dim=2, keepdim=True) * v[:, rows]
+        return torch.cat([torch.zeros_like(pull), pull], dim=2)
