@@ -51,7 +51,7 @@ def test_the_core_needs_torch_alone() -> None:
     """Importing randbatch imports no optional package, and a missing one is explained."""
     code = """
 import sys
-names = "torch_geometric tyro tqdm matplotlib safetensors torchmetrics jaxtyping ogb transformers timm"
+names = "torch_geometric tyro tqdm matplotlib safetensors torchmetrics jaxtyping ogb ot transformers timm"
 for name in names.split():
     sys.modules[name] = None  # as if it were not installed
 import torch, randbatch as rb
@@ -60,6 +60,11 @@ rb.convert(model := torch.nn.TransformerEncoderLayer(8, 2), 4)
 model(torch.randn(9, 1, 8))
 try:
     rb.integrations.hf.register(4)
+except ImportError as error:
+    print(error)
+rb.particles.solve(rb.particles.consensus(), torch.randn(9, 2), 1.0, 0.5, batch_size=3)
+try:
+    rb.particles.w2(torch.randn(9, 2), torch.randn(9, 2))
 except ImportError as error:
     print(error)
 rb.models.GraphTransformer(3, 2, local="off")(torch.randn(9, 3), torch.zeros(2, 0, dtype=torch.int64))
@@ -72,6 +77,7 @@ raise SystemExit(main(["datasets"]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "this needs transformers: pip install 'randbatch[hf]'" in done.stdout
+    assert "this needs ot: pip install 'randbatch[particles]'" in done.stdout
     assert "this needs torch_geometric: pip install 'randbatch[graph]'" in done.stdout
     assert done.returncode == 2
     assert "randbatch: this needs tyro: pip install 'randbatch[train]'" in done.stderr

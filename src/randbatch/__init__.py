@@ -6,7 +6,7 @@
 torch.Size([100000, 4, 16])
 """
 
-from randbatch import analysis, integrations, models, nn
+from randbatch import analysis, integrations, models, nn, particles
 from randbatch.conversion import ConversionReport, convert
 from randbatch.functional import full_attention, random_batch_attention
 from randbatch.nn.sampling import set_inference
@@ -29,6 +29,7 @@ __all__ = [
     "models",
     "nn",
     "orthogonal_partitions",
+    "particles",
     "random_batch_attention",
     "random_partition",
     "set_inference",

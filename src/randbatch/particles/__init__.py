@@ -8,7 +8,7 @@ torch.Size([1000, 2])
 """
 
 from randbatch.particles.attention import SoftmaxAttention, UnnormalisedAttention
-from randbatch.particles.forces import Alignment, EigenvalueRepulsion, LinearForce, RadialForce
+from randbatch.particles.forces import Alignment, LinearForce, PowerRepulsion, RadialForce
 from randbatch.particles.interaction import Interaction, Sets
 from randbatch.particles.metrics import (
     WeakError,
@@ -24,7 +24,7 @@ from randbatch.particles.metrics import (
     weak_error,
 )
 from randbatch.particles.noise import BrownianPath
-from randbatch.particles.solve import Trajectory, solve
+from randbatch.particles.solver import Trajectory, solve
 from randbatch.particles.system import LAYER_NORM, SPHERE, Langevin, Manifold, MultiplicativeNoise, System
 from randbatch.particles.systems import (
     consensus,
@@ -43,12 +43,12 @@ __all__ = [
     "SPHERE",
     "Alignment",
     "BrownianPath",
-    "EigenvalueRepulsion",
     "Interaction",
     "Langevin",
     "LinearForce",
     "Manifold",
     "MultiplicativeNoise",
+    "PowerRepulsion",
     "RadialForce",
     "Sets",
     "SoftmaxAttention",

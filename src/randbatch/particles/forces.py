@@ -1,4 +1,4 @@
-"""Pair forces: linear, radial, the repulsion of eigenvalues, the alignment of velocities.
+"""Pair forces: linear, radial, repulsion by a power of the distance, alignment of velocities.
 
 Shape letters: B sets, m particles in each, n of them that are looked at, D dimensions.
 """
@@ -17,7 +17,7 @@ from randbatch._checks import check_positive
 from randbatch._shapes import Float
 from randbatch.particles.interaction import Interaction, Sets
 
-__all__ = ["Alignment", "EigenvalueRepulsion", "LinearForce", "RadialForce"]
+__all__ = ["Alignment", "LinearForce", "PowerRepulsion", "RadialForce"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ class LinearForce(Interaction):
     def flow(self, sets: Sets, tau: float) -> Float[Tensor, "b m d"]:
         """The states after a time `tau` of this force alone, exactly."""
         mean = sets.x.mean(dim=1, keepdim=True)
-        return torch.lerp(mean, sets.x, math.exp(-self.strength * sets.x.shape[1] * tau / sets.others))
+        return mean + (sets.x - mean) * math.exp(-self.strength * sets.x.shape[1] * tau / sets.others)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,29 +100,49 @@ def _squared_distances(x: Float[Tensor, "b n d"], y: Float[Tensor, "b m d"], exa
 
 
 @dataclass(frozen=True, eq=False)
-class EigenvalueRepulsion(Interaction):
-    """`F_i = 1/(m−1) Σ_{j≠i} 1/(x_i − x_j)` on the line; two particles are solved exactly.
+class PowerRepulsion(Interaction):
+    """`F_i = 1/(m−1) Σ_{j≠i} (x_i − x_j)/|x_i − x_j|ˢ`, singular; two particles are solved exactly.
 
-    A pair keeps its mean and its order, and its gap grows as `gap² → gap² + 4 τ`: no step is too large.
+    A pair keeps its mean and its direction, and its distance grows as `rˢ → rˢ + 2 s τ`: with random batches of two no
+    step is too large, while Euler's step throws a close pair far apart.
 
-    Source: Jin, Li, Liu, arXiv 1812.10575, section 4.1 (Dyson Brownian motion).
+    Args:
+        power: s > 0; 2 is the repulsion of eigenvalues on the line, 3 Coulomb's in space.
+
+    Raises:
+        ValueError: s is not a finite number > 0.
+
+    Source: Jin, Li, Liu, arXiv 1812.10575, sections 4.1 and 4.2 (the splitting for s = 2).
+
+    Example:
+        >>> pair = Sets(torch.tensor([[[0.0, 0.0], [0.3, 0.4]]]), population=2)
+        >>> moved = PowerRepulsion(2.0).flow(pair, tau=3.0)
+        >>> float((moved[0, 0] - moved[0, 1]).square().sum())  # 0.25 + 4 τ
+        12.25
     """
 
-    def force(self, sets: Sets, rows: slice) -> Float[Tensor, "b n 1"]:
-        """The force on the particles `rows` of every set, `[B, n, 1]`."""
-        gaps = sets.x[:, rows] - sets.x.mT
-        gaps.diagonal(offset=rows.start, dim1=1, dim2=2).fill_(torch.inf)
-        return gaps.reciprocal_().sum(dim=2, keepdim=True) / sets.others
+    power: float
 
-    def flow(self, sets: Sets, tau: float) -> Float[Tensor, "b m 1"] | None:
+    def __post_init__(self) -> None:
+        check_positive("power", self.power)
+
+    def force(self, sets: Sets, rows: slice) -> Float[Tensor, "b n d"]:
+        """The force on the particles `rows` of every set, `[B, n, D]`."""
+        return RadialForce(lambda squared: squared.pow(-self.power / 2), singular=True).force(sets, rows)
+
+    def flow(self, sets: Sets, tau: float) -> Float[Tensor, "b m d"] | None:
         """The states of pairs after a time `tau` of this force alone, exactly; None for larger sets."""
-        if sets.x.shape[1] > 2:
+        x, power = sets.x, self.power
+        if x.shape[1] > 2:
             return None
-        if sets.x.shape[1] < 2:
-            return sets.x
-        mean = sets.x.mean(dim=1, keepdim=True)
-        half = (sets.x[:, :1] - sets.x[:, 1:]) / 2  # its square grows by τ; two at one place part, the first upwards
-        half = torch.copysign((half.square() + tau).sqrt(), half)
+        if x.shape[1] < 2:
+            return x
+        gap = x[:, :1] - x[:, 1:]
+        distance = gap.square().sum(dim=2, keepdim=True).sqrt()
+        first_axis = torch.eye(1, x.shape[2], dtype=x.dtype, device=x.device)
+        direction = torch.where(distance > 0, gap / distance, first_axis)  # two at one place part along it
+        half = direction * (distance**power + 2 * power * tau) ** (1 / power) / 2
+        mean = x.mean(dim=1, keepdim=True)
         return torch.cat([mean + half, mean - half], dim=1)
 
 

@@ -17,7 +17,8 @@ from randbatch._shapes import Float, Int
 
 __all__ = ["Interaction", "Sets", "force_on_all"]
 
-_PAIRS = {"cpu": 2**18, "cuda": 2**26}  # held at a time; on a CPU few enough to stay in the cache
+_PAIRS = 2**18  # held at a time: few enough to stay in the cache
+_PAIRS_OF_ACCELERATOR = 2**26  # enough to keep it busy
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +87,7 @@ class Interaction(ABC):
 def force_on_all(interaction: Interaction, sets: Sets) -> Float[Tensor, "b m s"]:
     """The force on every particle, `[B, m, S]`, some sets or some rows of a set at a time: O(B m) memory."""
     count, size, _ = sets.x.shape
-    pairs = _PAIRS.get(sets.x.device.type, _PAIRS["cuda"])
+    pairs = _PAIRS if sets.x.device.type == "cpu" else _PAIRS_OF_ACCELERATOR
     together = max(1, pairs // max(size * size, 1))
     height = max(1, min(size, pairs // max(size, 1)))
     forces: list[Tensor] = []

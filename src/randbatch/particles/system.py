@@ -103,13 +103,12 @@ class System:
 
     def together(self, sets: Sets, tau: float) -> Float[Tensor, "b m s"]:
         """The states after a time `tau` of the interaction alone."""
-        exact = self.interaction.flow(sets, tau)
-        if exact is not None:
-            return exact
-        force = force_on_all(self.interaction, sets)
-        if self.manifold is None:
-            return torch.add(sets.x, force, alpha=tau)
-        return self.manifold.retract(torch.add(sets.x, self.manifold.tangent(sets.x, force), alpha=tau))
+        moved = self.interaction.flow(sets, tau)
+        if moved is None:
+            force = force_on_all(self.interaction, sets)
+            force = force if self.manifold is None else self.manifold.tangent(sets.x, force)
+            moved = torch.add(sets.x, force, alpha=tau)
+        return moved if self.manifold is None else self.manifold.retract(moved)
 
     def alone(
         self, x: Float[Tensor, "*sets s"], tau: float, noise: Float[Tensor, "*sets k"] | None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from randbatch._checks import check_integer, check_positive
 from randbatch.particles.attention import SoftmaxAttention, UnnormalisedAttention
-from randbatch.particles.forces import Alignment, EigenvalueRepulsion, LinearForce, RadialForce
+from randbatch.particles.forces import Alignment, LinearForce, PowerRepulsion, RadialForce
 from randbatch.particles.system import LAYER_NORM, SPHERE, Langevin, MultiplicativeNoise, System
 
 __all__ = [
@@ -60,7 +60,7 @@ def dyson(num_particles: int) -> System:
         True
     """
     check_integer("num_particles", num_particles, 2)
-    return System(EigenvalueRepulsion(), confinement=torch.neg, diffusion=1 / math.sqrt(num_particles - 1))
+    return System(PowerRepulsion(2.0), confinement=torch.neg, diffusion=1 / math.sqrt(num_particles - 1))
 
 
 def wealth(exchange: float = 1.0, volatility: float = 1.0) -> System:
@@ -91,6 +91,7 @@ def thomson() -> System:
     """Charges on the unit sphere that repel each other, `dx_i = P_{x_i} 1/(N−1) Σ_{j≠i} (x_i − x_j)/|x_i − x_j|³ dt`.
 
     The flow goes downhill to a (local) minimum of `Σ_{i<j} 1/|x_i − x_j|`: 49.165253058 for N = 12, an icosahedron.
+    With `batch_size=2` the repulsion is solved exactly in space and brought back to the sphere.
 
     Example:
         >>> from randbatch.particles import energy, solve
@@ -100,7 +101,7 @@ def thomson() -> System:
         >>> round(float(energy(tetrahedron, lambda squared: squared.rsqrt())), 6)
         3.674235
     """
-    return System(RadialForce(lambda squared: squared.pow(-1.5), singular=True), manifold=SPHERE)
+    return System(PowerRepulsion(3.0), manifold=SPHERE)
 
 
 def opinion(radius: float = 1.0, strength: float = 1.0) -> System:

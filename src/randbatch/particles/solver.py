@@ -179,7 +179,7 @@ def solve(
     Example:
         >>> from randbatch import particles
         >>> x0 = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
-        >>> path = solve(particles.consensus(), x0, 4.0, 0.1, batch_size=2, save_at=(0, 2, 4))
+        >>> path = solve(particles.consensus(), x0, 4.0, 0.1, batch_size=2, save_at=(0.0, 2.0, 4.0))
         >>> path.states.shape, [round(float(x.std()), 2) for x in path.states]
         (torch.Size([3, 1000, 2]), [1.02, 0.17, 0.04])
     """
