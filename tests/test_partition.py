@@ -69,6 +69,18 @@ def test_gather_and_scatter_match_indexing() -> None:
         torch.testing.assert_close(part.scatter(slots), x, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
+@pytest.mark.parametrize("columns", [0, 1, 2, 3, 4, 8])
+def test_short_rows_are_moved_bit_by_bit(dtype: torch.dtype, columns: int) -> None:
+    part = rb.random_partition(50, 4, seed=1)
+    every = torch.randn(51, columns).to(dtype)
+    if dtype is torch.float32 and columns:
+        every[7, 0] = torch.nan
+    for x in (every[:50], every[1:], torch.randn(columns, 50).to(dtype).T):  # at an odd address, and with strides
+        assert part.pack(x).equal(x[part.order]) or bool(x.isnan().any())
+        torch.testing.assert_close(part.unpack(part.pack(x)), x, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("num_tokens", [0, 1, 17, 24])
 def test_gather_and_scatter_gradients(num_tokens: int) -> None:
     part = rb.random_partition(num_tokens, 4, seed=5)
