@@ -19,6 +19,8 @@ from randbatch.particles.interaction import Interaction, Sets
 
 __all__ = ["Alignment", "LinearForce", "PowerRepulsion", "RadialForce"]
 
+_FEW = 16  # in sets of so many a difference is cheaper than a matrix product
+
 
 @dataclass(frozen=True, eq=False)
 class LinearForce(Interaction):
@@ -56,8 +58,8 @@ class RadialForce(Interaction):
     Args:
         profile: g, from squared distances to numbers, both of any shape. What it gives at the distance 0 of a particle
             to itself is ignored; two particles at one place meet whatever it gives there.
-        singular: whether g changes fast near 0. Distances then come from differences, and not from
-            `|x|² + |y|² − 2 x·y`, which is faster in many dimensions and loses digits of small distances.
+        singular: whether g changes fast near 0. Distances in large sets then come from differences too, and not from
+            `|x|² + |y|² − 2 x·y`, which is faster and loses digits of small distances.
         strength: `[species, species]`, a; the row is the species that feels. Default: 1.
 
     Example:
@@ -93,7 +95,7 @@ class RadialForce(Interaction):
 
 
 def _squared_distances(x: Float[Tensor, "b n d"], y: Float[Tensor, "b m d"], exact: bool) -> Float[Tensor, "b n m"]:
-    if exact:
+    if exact or y.shape[1] <= _FEW:
         return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square_()
     squares = x.square().sum(dim=2, keepdim=True) + y.square().sum(dim=2).unsqueeze(1)
     return torch.baddbmm(squares, x, y.mT, alpha=-2).clamp_(min=0)

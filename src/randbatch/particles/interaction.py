@@ -18,6 +18,7 @@ from randbatch._shapes import Float, Int
 __all__ = ["Interaction", "Sets", "force_on_all"]
 
 _PAIRS = 2**18  # held at a time: few enough to stay in the cache
+_ROWS = 32  # at least, however long they are: fewer leave the matrix product idle
 _PAIRS_OF_ACCELERATOR = 2**26  # enough to keep it busy
 
 
@@ -88,8 +89,8 @@ def force_on_all(interaction: Interaction, sets: Sets) -> Float[Tensor, "b m s"]
     """The force on every particle, `[B, m, S]`, some sets or some rows of a set at a time: O(B m) memory."""
     count, size, _ = sets.x.shape
     pairs = _PAIRS if sets.x.device.type == "cpu" else _PAIRS_OF_ACCELERATOR
-    together = max(1, pairs // max(size * size, 1))
-    height = max(1, min(size, pairs // max(size, 1)))
+    together = max(1, pairs // size**2)
+    height = max(_ROWS, pairs // size)
     forces: list[Tensor] = []
     for start in range(0, count, together):
         some = sets.part(start, start + together)
