@@ -114,7 +114,7 @@ class PowerRepulsion(Interaction):
     Raises:
         ValueError: s is not a finite number > 0.
 
-    Source: Jin, Li, Liu, arXiv 1812.10575, sections 4.1 and 4.2 (the splitting for s = 2).
+    Source: Jin, Li, Liu, arXiv 1812.10575 (the splitting for Dyson Brownian motion).
 
     Example:
         >>> pair = Sets(torch.tensor([[[0.0, 0.0], [0.3, 0.4]]]), population=2)
@@ -155,7 +155,7 @@ class Alignment(Interaction):
     Args:
         profile: ψ, from squared distances to numbers.
 
-    Source: Cucker, Smale, "Emergent behavior in flocks", IEEE TAC 52 (2007), equation 1.
+    Source: Cucker, Smale, "Emergent behavior in flocks", IEEE TAC 52 (2007).
     """
 
     profile: Callable[[Tensor], Tensor]

@@ -163,7 +163,7 @@ def mmd(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"], bandwidth: float = 1.0
     Raises:
         ValueError: the shapes do not fit, or h is not > 0.
 
-    Source: Gretton et al., "A kernel two-sample test", JMLR 13 (2012), equation 3.
+    Source: Gretton et al., "A kernel two-sample test", JMLR 13 (2012).
 
     Example:
         >>> x = torch.randn(400, 2, generator=torch.Generator().manual_seed(0))
@@ -251,7 +251,7 @@ def attention_energy(x: Float[Tensor, "*r n d"], beta: float) -> Float[Tensor, "
     Raises:
         ValueError: β is not > 0.
 
-    Source: Geshkovski, Letrouit, Polyanskiy, Rigollet, arXiv 2312.10794, section 3.3.
+    Source: Geshkovski, Letrouit, Polyanskiy, Rigollet, arXiv 2312.10794.
 
     Example:
         >>> attention_energy(torch.ones(3, 1), beta=1.0)  # e/2

@@ -51,7 +51,7 @@ def dyson(num_particles: int) -> System:
         TypeError: N is not an int.
         ValueError: N < 2.
 
-    Source: Jin, Li, Liu, arXiv 1812.10575, section 4.1.
+    Source: Jin, Li, Liu, arXiv 1812.10575 (its first example).
 
     Example:
         >>> from randbatch.particles import solve
@@ -76,7 +76,7 @@ def wealth(exchange: float = 1.0, volatility: float = 1.0) -> System:
     Raises:
         ValueError: κ or D is not a finite number > 0.
 
-    Source: Jin, Li, Liu, arXiv 1812.10575, section 4.3; Bouchaud, Mézard, Physica A 282 (2000).
+    Source: Jin, Li, Liu, arXiv 1812.10575 (distribution of wealth); Bouchaud, Mézard, Physica A 282 (2000).
 
     Example:
         >>> from randbatch.particles import solve
@@ -116,7 +116,7 @@ def opinion(radius: float = 1.0, strength: float = 1.0) -> System:
     Raises:
         ValueError: r or κ is not a finite number > 0.
 
-    Source: Jin, Li, Liu, arXiv 1812.10575, section 4.4; Motsch, Tadmor, SIAM Review 56 (2014).
+    Source: Jin, Li, Liu, arXiv 1812.10575 (opinion dynamics); Motsch, Tadmor, SIAM Review 56 (2014).
 
     Example:
         >>> from randbatch.particles import cluster_count, solve
@@ -142,7 +142,7 @@ def cucker_smale(exponent: float = 0.25, strength: float = 1.0) -> System:
     Raises:
         ValueError: β is negative, or κ is not a finite number > 0.
 
-    Source: Cucker, Smale, IEEE TAC 52 (2007); with random batches Ha, Jin, Kim, Ko, arXiv 2003.08664.
+    Source: Cucker, Smale, IEEE TAC 52 (2007); with random batches Jin, Wang, Wang, arXiv 2501.15152.
 
     Example:
         >>> from randbatch.particles import solve
@@ -232,7 +232,7 @@ def transformer(attention: SoftmaxAttention, feed_forward: Callable[[Tensor], Te
         feed_forward: f, from states to changes. Default: none, attention and layer norm alone.
 
     Source: Lu et al., "Understanding and improving transformer from a multi-particle dynamic system point of view",
-    arXiv 1906.02762, section 3.
+    arXiv 1906.02762.
 
     Example:
         >>> from randbatch.particles import solve
