@@ -36,10 +36,10 @@ class Trajectory:
     """
 
     times: Float[Tensor, " t"]
-    states: Float[Tensor, "t *r n s"]
+    states: Float[Tensor, "t ... n s"]
 
     @property
-    def final(self) -> Float[Tensor, "*r n s"]:
+    def final(self) -> Float[Tensor, "... n s"]:
         """The states at the last saved time."""
         return self.states[-1]
 
