@@ -56,7 +56,7 @@ def choose_rounds(
     The attention y of S = 512 sampled tokens is computed exactly, and rounds are added at those tokens alone until
     `mean ‖ŷ_i − y_i‖² / mean ‖y_i‖²` plus three of its standard errors is at most `tolerance²`: O(S N D) and O(S p D) a
     round, and O(N log N) to draw it. The error of rounding in low precision is not in it. Where a few tokens in
-    thousands carry the whole error, a sample may miss them. Calibration: docs, "mathematics".
+    thousands carry the whole error, a sample may miss them. Calibration: docs, "How far off".
 
     Args:
         query: `[N, H, D]`.

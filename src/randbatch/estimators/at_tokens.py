@@ -25,6 +25,7 @@ class AtTokens:
     Attributes:
         query: `[H, S, D]`, in at least fp32 as all that follows.
         value: `[H, S, E]`, of the tokens themselves.
+        num_rounds: how many were added.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class AtTokens:
         self._field = torch.zeros_like(self.value)
         self._met = torch.zeros_like(tokens)
         self._others = torch.zeros_like(tokens)
-        self._num_rounds = 0
+        self.num_rounds = 0
 
     def add(self, part: Partition) -> None:
         """Let the tokens meet those of their batches in one more round."""
@@ -60,7 +61,7 @@ class AtTokens:
         self._field = self._field + field
         self._met = self._met + width - 1
         self._others = part.unpack(part.count_others())[self.tokens]
-        self._num_rounds += 1
+        self.num_rounds += 1
 
     def _attend(
         self, part: Partition, tokens: Tensor, query: Tensor, start: Tensor, width: Tensor
@@ -90,7 +91,7 @@ class AtTokens:
     @property
     def field(self) -> Float[Tensor, "h s e"]:
         """The mean field of the batches, on average over the rounds."""
-        return self._field / self._num_rounds
+        return self._field / self.num_rounds
 
     def local(self, debias: float | Tensor) -> Float[Tensor, "... h s e"]:
         """Attention to the tokens that were met and to oneself, with the own logit lowered by δ log κ.

@@ -48,9 +48,8 @@ def debiased(
     A token always meets itself, but only |S_i| of its n − 1 others. The ratio keeps a bias of O(1/p).
     """
     refuse_linear("debiased", interaction)
-    one = isinstance(rounds, Partition)
-    if one and rounds.num_batches == (1 if rounds.set_sizes is None else rounds.set_sizes.numel()):
-        return plain(query, key, value, rounds, interaction, options)  # every set in one batch: full attention
+    if isinstance(rounds, Partition) and rounds.is_whole:
+        return plain(query, key, value, rounds, interaction, options)  # full attention
     return attend_to_met(query, key, value, rounds, options, 1.0)
 
 

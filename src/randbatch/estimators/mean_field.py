@@ -94,7 +94,7 @@ class Moments:
         )
 
 
-# Products go head by head on views of `[M, P, H, D]`: half the time of all heads at once on transposed copies.
+# Products go head by head on views of `[M, P, H, D]`: up to a quarter faster than all at once on transposed copies.
 
 
 def _sum_outer(left: Float[Tensor, "m p h d"], right: Float[Tensor, "m p h e"]) -> Float[Tensor, "m h d e"]:

@@ -38,11 +38,10 @@ class SampledEstimates:
         self._tensors, self._scale = (query, key, value), scale
         self._at = AtTokens(query, key, value, tokens, scale)
         self._correction: tuple[Anchors, Tensor, Tensor] | None = None
-        self._num_rounds = 0
 
     def add(self, part: Partition) -> None:
         """One more round; moments and anchors of `corrected` are those of the first."""
-        if self._num_rounds == 0 and "corrected" in self._names and not part.is_whole:
+        if self._at.num_rounds == 0 and "corrected" in self._names and not part.is_whole:
             moments = Moments.of(part, *self._tensors[1:])
             sets = SetsOf(part, self._at.tokens)
             mean, linear = set_field(self._at.query, moments, sets.own, self._scale)
@@ -50,7 +49,6 @@ class SampledEstimates:
         if self._correction is not None:
             self._correction[0].at.add(part)
         self._at.add(part)
-        self._num_rounds += 1
 
     def outputs(self) -> dict[str, Float[Tensor, "h s e"]]:
         """What each of the estimators gives."""
