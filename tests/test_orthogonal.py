@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import randbatch as rb
-from randbatch.orthogonal import OrthogonalRounds
+from randbatch.orthogonal import OrthogonalRounds, all_rounds, count_rounds, draw_rounds
 
 
 def meetings(parts: list[rb.Partition], num_tokens: int) -> Tensor:
@@ -102,3 +102,29 @@ def test_rounds_are_made_anew_each_time_and_count_keys() -> None:
 def test_bad_input(arguments: tuple, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         rb.orthogonal_partitions(*arguments)
+
+
+@pytest.mark.parametrize("sizes", [(16,), (64,), (49,), (100,), (97, 30, 5), (200, 1, 2)])
+@pytest.mark.parametrize("batch_size", [2, 4, 8, 30])
+@pytest.mark.parametrize("rounds", [2, 5, 9, 40])
+def test_every_token_meets_as_many_others_as_are_promised(sizes: tuple[int, ...], batch_size: int, rounds: int) -> None:
+    """R (p − 1) others, or all of its set; on average where batches are of one or two. Counted pair by pair."""
+    batch = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    met = torch.zeros(len(batch), len(batch), dtype=torch.int64)
+    parts = list(draw_rounds(len(batch), batch_size, rounds, batch=batch, seed=3))  # type: ignore[arg-type]
+    for part in parts:
+        for rows in part.split(part.order):
+            met[rows.unsqueeze(2), rows.unsqueeze(1)] += 1
+    met.fill_diagonal_(0)
+    assert int(met.max()) <= 1
+    enough = (torch.tensor(sizes)[batch] - 1).clamp(max=rounds * (batch_size - 1))
+    few = min(width for _, width in parts[0].groups) < 2
+    assert (met.sum() >= enough.sum()) if few else (met.sum(dim=1) >= enough).all()
+
+
+@pytest.mark.parametrize("sizes", [(1,), (16,), (64,), (49,), (100,), (97, 30, 5), (200, 1, 2)])
+@pytest.mark.parametrize("batch_size", [2, 7, 30])
+def test_rounds_are_counted(sizes: tuple[int, ...], batch_size: int) -> None:
+    batch = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    made = sum(1 for _ in all_rounds(len(batch), batch_size, batch, 0, None))
+    assert made == count_rounds(len(batch), batch_size, batch)

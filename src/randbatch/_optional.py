@@ -8,7 +8,9 @@ from typing import Any
 __all__ = ["require"]
 
 _EXTRAS = {
+    "PIL": "train",
     "matplotlib": "train",
+    "numpy": "train",
     "ogb": "ogb",
     "ot": "particles",
     "safetensors": "train",

@@ -1,4 +1,4 @@
-"""The command line: `randbatch train`, `randbatch analyze`, `randbatch datasets`."""
+"""The command line: `randbatch train`, `analyze`, `convergence`, `simulate` and `datasets`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from randbatch._optional import require
+from randbatch.experiments import ConvergenceConfig, SimulateConfig, run_convergence, simulate
 from randbatch.train import PRESETS, SweepConfig, preset, train_sweep
 from randbatch.train.analyze import AnalyzeConfig, analyze_run
 from randbatch.train.data import DATASETS
@@ -33,10 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("presets:", ", ".join(PRESETS))
         elif isinstance(config, AnalyzeConfig):
             analyze_run(config)
+        elif isinstance(config, ConvergenceConfig):
+            run_convergence(config)
+        elif isinstance(config, SimulateConfig):
+            simulate(config)
         else:
             train_sweep(config)
     except Interrupted as error:
-        print(f"\ninterrupted; go on with: randbatch train --resume {error.folder}", file=sys.stderr)
+        print(f"\ninterrupted; go on with: {error.how}", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
         print("\ninterrupted before anything was written", file=sys.stderr)
@@ -47,7 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str]) -> SweepConfig | AnalyzeConfig | DatasetsConfig:
+Config = SweepConfig | AnalyzeConfig | ConvergenceConfig | SimulateConfig | DatasetsConfig
+
+
+def _parse(argv: Sequence[str]) -> Config:
     """Parse the arguments; the defaults are those of the preset, or of the run that is resumed."""
     tyro: Any = require("tyro")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -59,6 +67,8 @@ def _parse(argv: Sequence[str]) -> SweepConfig | AnalyzeConfig | DatasetsConfig:
     commands: Any = (
         Annotated[SweepConfig, tyro.conf.subcommand("train", default=defaults)]
         | Annotated[AnalyzeConfig, tyro.conf.subcommand("analyze"), tyro.conf.PositionalRequiredArgs]
+        | Annotated[ConvergenceConfig, tyro.conf.subcommand("convergence")]
+        | Annotated[SimulateConfig, tyro.conf.subcommand("simulate")]
         | Annotated[DatasetsConfig, tyro.conf.subcommand("datasets", default=DatasetsConfig())]
     )
     config = tyro.cli(commands, prog="randbatch", args=list(argv))

@@ -22,7 +22,15 @@ from randbatch._checks import check_batch_vector, check_integer
 from randbatch._shapes import Int
 from randbatch.partition import Partition, by_size, draw_seed, random_partition, shuffle_sets
 
-__all__ = ["OrthogonalRounds", "Rounds", "all_rounds", "draw_rounds", "orthogonal_partitions", "partitions_of"]
+__all__ = [
+    "OrthogonalRounds",
+    "Rounds",
+    "all_rounds",
+    "count_rounds",
+    "draw_rounds",
+    "orthogonal_partitions",
+    "partitions_of",
+]
 
 
 @cache
@@ -53,7 +61,8 @@ class OrthogonalRounds:
     Args:
         num_tokens: N.
         batch_size: p >= 2, the most tokens in a batch.
-        rounds: R >= 1, in batches of p: as many rounds are made as let every token meet R (p − 1) others, or all.
+        rounds: R >= 1, in batches of p: as many rounds are made as let every token meet R (p − 1) others, or all
+            (where batches are of one or two, on average).
         batch: integers `[N]`, the set of each token.
         seed: the only source of randomness.
         device: where the index lives.
@@ -76,13 +85,34 @@ Rounds = Partition | OrthogonalRounds
 
 
 def partitions_of(rounds: int, num_tokens: int, batch_size: int, batch: Int[Tensor, " n"] | None = None) -> int:
-    """How many partitions let every token meet R (p − 1) others; there may be fewer."""
+    """How many partitions let every token meet R (p − 1) others, or all; on average, where lines may have one token."""
     needed = 1
-    for size in [num_tokens] if batch is None else torch.bincount(batch).unique().tolist():
+    for size in _set_sizes(num_tokens, batch):
         lines = _num_lines(size, batch_size)
         if lines:  # a line may be shorter than p: two batches of more than √n tokens would share a pair
-            needed = max(needed, -(-rounds * (batch_size - 1) // max(size // lines - 1, 1)))
+            full, rest = divmod(size, lines)  # columns; a line has a token of each full one
+            met = full - 1 if full > 1 else (size**2 - full * lines**2 - rest**2) / (size * lines)
+            wanted = math.ceil(rounds * (batch_size - 1) / met)
+            needed = max(needed, wanted if wanted <= lines else _count(size, batch_size))
     return needed
+
+
+def count_rounds(num_tokens: int, batch_size: int, batch: Int[Tensor, " n"] | None = None) -> int:
+    """How many partitions `all_rounds` gives: after them every pair has met."""
+    return max([1, *(_count(size, batch_size) for size in _set_sizes(num_tokens, batch))])
+
+
+def _set_sizes(num_tokens: int, batch: Int[Tensor, " n"] | None) -> list[int]:
+    return [num_tokens] if batch is None else torch.bincount(batch).unique().tolist()
+
+
+def _count(num_tokens: int, batch_size: int) -> int:
+    """Those of the lines, and then those of the columns."""
+    lines = _num_lines(num_tokens, batch_size)
+    if not lines:
+        return min(max(num_tokens - 1, 0), 1)
+    columns = {lines, num_tokens % lines}
+    return lines + max(_count(rows, batch_size) for rows in columns)
 
 
 def draw_rounds(

@@ -13,7 +13,7 @@ from randbatch._checks import check_batch_vector, check_choice, check_integer, c
 from randbatch._shapes import Float, Int
 from randbatch.estimators import ESTIMATORS
 from randbatch.estimators.sampled import SampledEstimates
-from randbatch.orthogonal import all_rounds, partitions_of
+from randbatch.orthogonal import all_rounds, count_rounds, partitions_of
 from randbatch.partition import fold_seed, random_partition
 
 __all__ = ["RoundsChoice", "choose_rounds", "relative_error_bound", "sample_tokens"]
@@ -101,7 +101,7 @@ def choose_rounds(
         return RoundsChoice(1, math.nan)  # no number of rounds would mend it
     look.add(one)
     error = relative_error_bound(look.outputs()[estimator], exact, num_tokens)
-    rounds, made = 1, 0
+    rounds, made, every = 1, 0, count_rounds(num_tokens, batch_size, batch)
     look = SampledEstimates(query, key, value, tokens, factor, [estimator])
     parts = all_rounds(num_tokens, batch_size, batch, seed, query.device)
     while error > tolerance and rounds != max_rounds:
@@ -110,7 +110,7 @@ def choose_rounds(
         for part in islice(parts, wanted - made):
             look.add(part)
             made += 1
-        if made < wanted:
+        if made == every:
             return RoundsChoice(rounds, 0.0)
         error = relative_error_bound(look.outputs()[estimator], exact, num_tokens)
     return RoundsChoice(rounds, error)

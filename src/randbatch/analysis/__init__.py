@@ -1,5 +1,15 @@
 """Instruments: how far random batches are from exact attention, and why."""
 
 from randbatch.analysis.errors import AttentionErrors, HeadErrors, LayerErrors, attention_error
+from randbatch.analysis.forces import LayerForce, OutputErrors, output_error, random_force
 
-__all__ = ["AttentionErrors", "HeadErrors", "LayerErrors", "attention_error"]
+__all__ = [
+    "AttentionErrors",
+    "HeadErrors",
+    "LayerErrors",
+    "LayerForce",
+    "OutputErrors",
+    "attention_error",
+    "output_error",
+    "random_force",
+]

@@ -5,9 +5,9 @@ Shape letters: N tokens, H heads, S sampled queries, D head size of query and ke
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from randbatch._checks import check_batch_vector, check_choice, check_integer, check_positive, check_qkv
+from randbatch._checks import check_choice, check_integer, check_positive
 from randbatch._shapes import Float, Int
 from randbatch.analysis.report import draw, tables
+from randbatch.analysis.watching import measure_attention
 from randbatch.estimators import ESTIMATORS
-from randbatch.estimators.at_tokens import SetsOf, rows_of
+from randbatch.estimators.at_tokens import SetsOf, log_attention_of
 from randbatch.estimators.sampled import SampledEstimates
-from randbatch.nn.sampling import sampling_of
 from randbatch.partition import fold_seed, random_partition
 from randbatch.tolerance import RoundsChoice, choose_rounds, sample_tokens
 
 __all__ = ["AttentionErrors", "HeadErrors", "LayerErrors", "attention_error"]
-
-_LOGITS = 2**24  # held at a time: 64 MiB in fp32
 
 
 @dataclass(frozen=True)
@@ -167,62 +165,15 @@ def attention_error(
     for name, given in (("batch_sizes", plan.batch_sizes), ("estimators", plan.estimators)):
         if not given:
             raise ValueError(f"{name} must name at least one, got none")
-    if isinstance(model_or_qkv, nn.Module):
-        if batch is not None or scale is not None:
-            raise ValueError("batch and scale are for query, key and value; give the model's own in named_inputs")
-        layers = _watch(model_or_qkv, inputs, named_inputs or {}, plan)
-    else:
-        if inputs or named_inputs or len(model_or_qkv) != 3:
-            raise TypeError("model_or_qkv must be a model, with its inputs, or the three tensors query, key and value")
-        query, key, value = model_or_qkv
-        check_qkv(query, key, value)
-        check_batch_vector(batch, query.shape[0], query.device)
-        layers = [_measure("attention", query, key, value, batch, scale, plan)]
+    layers = measure_attention(
+        model_or_qkv, inputs, named_inputs, batch=batch, scale=scale, measure=functools.partial(_measure, plan)
+    )
     return AttentionErrors(layers, plan.tolerance, plan.num_queries)
-
-
-def _watch(model: nn.Module, inputs: Sequence[Any], named: Mapping[str, Any], plan: _Plan) -> list[LayerErrors]:
-    """Run the model with an observer in every module that has random batches."""
-    found: list[LayerErrors] = []
-
-    def observer_of(path: str) -> Callable[..., None]:
-        def observe(query: Tensor, key: Tensor, value: Tensor, batch: Tensor | None, scale: float | None) -> None:
-            calls = sum(layer.layer.partition(", call ")[0] == path for layer in found)
-            name = path if calls == 0 else f"{path}, call {calls + 1}"
-            found.append(_measure(name, query, key, value, batch, scale, plan))
-
-        return observe
-
-    with _observed(model, observer_of), torch.no_grad():
-        model(*inputs, **named)
-    if not found:
-        raise ValueError(
-            f"model must hold softmax attention in random batches, but none was called in {type(model).__name__}; "
-            "convert a copy of it: randbatch.convert(copy.deepcopy(model), batch_size=...)"
-        )
-    return found
-
-
-@contextmanager
-def _observed(model: nn.Module, observer_of: Callable[[str], Callable[..., None]]) -> Generator[None]:
-    """The model in eval, and watched; afterwards as it was."""
-    training = {module: module.training for module in model.modules()}
-    samplings = {path: sampling for path, module in model.named_modules() if (sampling := sampling_of(module))}
-    model.eval()
-    for path, sampling in samplings.items():
-        sampling.observer = observer_of(path or type(model).__name__)
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-        for sampling in samplings.values():
-            sampling.observer = None
 
 
 @torch.no_grad()
 def _measure(
-    layer: str, query: Tensor, key: Tensor, value: Tensor, batch: Tensor | None, scale: float | None, plan: _Plan
+    plan: _Plan, layer: str, query: Tensor, key: Tensor, value: Tensor, batch: Tensor | None, scale: float | None
 ) -> LayerErrors:
     num_tokens = query.shape[0]
     largest = num_tokens if batch is None or num_tokens == 0 else int(torch.bincount(batch).max())
@@ -290,18 +241,11 @@ def _attend_and_describe(
     query: Tensor, key: Tensor, value: Tensor, tokens: Int[Tensor, "h s"], sets: SetsOf, scale: float
 ) -> tuple[Float[Tensor, "h s e"], Float[Tensor, "h s"], Float[Tensor, "h s"]]:
     """Exact attention of the chosen tokens, `1 / Σ_j a_ij²` and `−Σ_j a_ij log a_ij`."""
-    wide = torch.promote_types(query.dtype, torch.float32)
-    keys, values = (x.to(wide).transpose(0, 1) for x in (key, value))  # [H, N, D]
-    rows = rows_of(query, tokens).to(wide)
+    values = value.to(torch.promote_types(value.dtype, torch.float32)).transpose(0, 1)  # [H, N, E]
     outs: list[tuple[Tensor, Tensor, Tensor]] = []
-    chunk = max(1, _LOGITS // (keys.shape[0] * keys.shape[1]))
-    for q, own in zip(rows.split(chunk, dim=1), sets.own.split(chunk, dim=1), strict=True):
-        logits = (q @ keys.mT) * scale
-        if sets.of_token is not None:
-            logits = logits.masked_fill(own.unsqueeze(-1) != sets.of_token, -torch.inf)
-        log_weights = logits.log_softmax(dim=-1)
+    for log_weights in log_attention_of(query, key, tokens, sets, scale):
         weights = log_weights.exp()
-        surprise = (weights * log_weights.clamp(min=torch.finfo(wide).min)).sum(dim=-1)  # 0 · −∞ is 0
+        surprise = (weights * log_weights.clamp(min=torch.finfo(weights.dtype).min)).sum(dim=-1)  # 0 · −∞ is 0
         outs.append((weights @ values, 1 / weights.square().sum(dim=-1), -surprise))
     out, n_eff, entropy = (torch.cat(x, dim=1) for x in zip(*outs, strict=True))
     return out, n_eff, entropy

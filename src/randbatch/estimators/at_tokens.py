@@ -6,6 +6,8 @@ value, K values of δ.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,9 +16,10 @@ from randbatch._shapes import Bool, Float, Int
 from randbatch.estimators.met import log_kappa, merge
 from randbatch.partition import Partition
 
-__all__ = ["AtTokens", "SetsOf", "attend_exactly", "rows_of"]
+__all__ = ["AtTokens", "SetsOf", "attend_exactly", "log_attention_of", "rows_of"]
 
 _GATHERED = 2**24  # numbers of keys or values that are gathered at a time: 64 MiB in fp32
+_LOGITS = 2**24  # held at a time
 
 
 class AtTokens:
@@ -134,3 +137,17 @@ def attend_exactly(
     same = None if sets.of_token is None else (sets.own.unsqueeze(-1) == sets.of_token).unsqueeze(0)
     keys, values = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (key, value))
     return F.scaled_dot_product_attention(query.unsqueeze(0), keys, values, attn_mask=same, scale=scale).squeeze(0)
+
+
+def log_attention_of(
+    query: Float[Tensor, "n h d"], key: Float[Tensor, "n h d"], tokens: Int[Tensor, "h s"], sets: SetsOf, scale: float
+) -> Iterator[Float[Tensor, "h c n"]]:
+    """Rows `log a_ij` of the attention matrix, some of the chosen tokens `i` at a time, in their order."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    keys, rows = key.to(wide).transpose(0, 1), rows_of(query, tokens).to(wide)  # [H, N, D], [H, S, D]
+    chunk = max(1, _LOGITS // (keys.shape[0] * keys.shape[1]))
+    for q, own in zip(rows.split(chunk, dim=1), sets.own.split(chunk, dim=1), strict=True):
+        logits = (q @ keys.mT) * scale
+        if sets.of_token is not None:
+            logits = logits.masked_fill(own.unsqueeze(-1) != sets.of_token, -torch.inf)
+        yield logits.log_softmax(dim=-1)

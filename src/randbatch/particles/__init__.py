@@ -8,6 +8,7 @@ torch.Size([1000, 2])
 """
 
 from randbatch.particles.attention import SoftmaxAttention, UnnormalisedAttention
+from randbatch.particles.convergence import measure_convergence
 from randbatch.particles.forces import Alignment, LinearForce, PowerRepulsion, RadialForce
 from randbatch.particles.interaction import Interaction, Sets
 from randbatch.particles.metrics import (
@@ -24,6 +25,7 @@ from randbatch.particles.metrics import (
     weak_error,
 )
 from randbatch.particles.noise import BrownianPath
+from randbatch.particles.rates import Convergence, Errors, Point, Rate
 from randbatch.particles.solver import Trajectory, solve
 from randbatch.particles.system import LAYER_NORM, SPHERE, Langevin, Manifold, MultiplicativeNoise, System
 from randbatch.particles.systems import (
@@ -43,13 +45,17 @@ __all__ = [
     "SPHERE",
     "Alignment",
     "BrownianPath",
+    "Convergence",
+    "Errors",
     "Interaction",
     "Langevin",
     "LinearForce",
     "Manifold",
     "MultiplicativeNoise",
+    "Point",
     "PowerRepulsion",
     "RadialForce",
+    "Rate",
     "Sets",
     "SoftmaxAttention",
     "System",
@@ -65,6 +71,7 @@ __all__ = [
     "energy",
     "fit_rate",
     "lennard_jones",
+    "measure_convergence",
     "mmd",
     "opinion",
     "sliced_w2",

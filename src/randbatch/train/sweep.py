@@ -22,11 +22,11 @@ SWEEP = "sweep.json"
 
 
 class Interrupted(KeyboardInterrupt):
-    """A sweep was interrupted; `folder` can be resumed."""
+    """A command was interrupted, and can go on: `how` says how."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(str(folder))
-        self.folder = folder
+    def __init__(self, how: str) -> None:
+        super().__init__(how)
+        self.how = how
 
 
 def train_sweep(config: SweepConfig, *, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
@@ -54,7 +54,7 @@ def train_sweep(config: SweepConfig, *, say: Callable[[str], None] = print) -> l
             draw_curves([(result, read_log(place))], place / "curves.png")
             results.append(result)
     except KeyboardInterrupt:
-        raise Interrupted(folder) from None
+        raise Interrupted(f"randbatch train --resume {folder}") from None
     text = table(results)
     write_text(folder / "table.md", text + "\n")
     draw_curves([(r, read_log(place)) for r, place in zip(results, folders, strict=True)], folder / "curves.png")

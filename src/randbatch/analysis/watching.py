@@ -1,0 +1,106 @@
+"""Looking at a model while it runs in eval, and leaving it as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from randbatch._checks import check_batch_vector, check_qkv
+from randbatch._optional import require
+from randbatch.nn.sampling import Sampling, sampling_of
+
+__all__ = ["Measure", "as_it_was", "measure_attention", "progress_bar"]
+
+T = TypeVar("T")
+
+Measure = Callable[[str, Tensor, Tensor, Tensor, Tensor | None, float | None], T]
+"""What is done with the attention of a layer: its name, query, key, value, `batch` and scale → a result."""
+
+
+@contextmanager
+def progress_bar(unit: str, show: bool, total: int | None = None) -> Generator[Callable[[], object]]:
+    """What is to be called after each `unit` of work; a bar on a terminal, if it is wanted."""
+    if not show:
+        yield lambda: None
+        return
+    with require("tqdm").tqdm(total=total, unit=unit, disable=None) as bar:
+        yield bar.update
+
+
+@contextmanager
+def as_it_was(model: nn.Module) -> Generator[dict[str, Sampling]]:
+    """The model in eval; yields how its modules draw random batches, by path, to be changed at will."""
+    training = {module: module.training for module in model.modules()}
+    samplings = {
+        path or type(model).__name__: sampling
+        for path, module in model.named_modules()
+        if (sampling := sampling_of(module)) is not None
+    }
+    kept = {path: {f.name: getattr(sampling, f.name) for f in fields(sampling)} for path, sampling in samplings.items()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield samplings
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for path, values in kept.items():
+            for name, value in values.items():
+                setattr(samplings[path], name, value)
+
+
+def measure_attention(
+    model_or_qkv: nn.Module | Sequence[Tensor],
+    inputs: Sequence[Any],
+    named_inputs: Mapping[str, Any] | None,
+    *,
+    batch: Tensor | None,
+    scale: float | None,
+    measure: Measure[T],
+) -> list[T]:
+    """`measure` every softmax attention in random batches of a model as it runs once, or the one of three tensors.
+
+    Raises:
+        TypeError: neither a model nor three tensors that fit each other.
+        ValueError: the model has no such attention, or `batch` or `scale` is given with a model.
+    """
+    if isinstance(model_or_qkv, nn.Module):
+        if batch is not None or scale is not None:
+            raise ValueError("batch and scale are for query, key and value; give the model's own in named_inputs")
+        return _watch(model_or_qkv, inputs, named_inputs or {}, measure)
+    if inputs or named_inputs or len(model_or_qkv) != 3:
+        raise TypeError("model_or_qkv must be a model, with its inputs, or the three tensors query, key and value")
+    query, key, value = model_or_qkv
+    check_qkv(query, key, value)
+    check_batch_vector(batch, query.shape[0], query.device)
+    with torch.no_grad():
+        return [measure("attention", query, key, value, batch, scale)]
+
+
+def _watch(model: nn.Module, inputs: Sequence[Any], named: Mapping[str, Any], measure: Measure[T]) -> list[T]:
+    found: list[T] = []
+    calls: dict[str, int] = {}
+
+    def observer_of(path: str) -> Callable[..., None]:
+        def observe(query: Tensor, key: Tensor, value: Tensor, batch: Tensor | None, scale: float | None) -> None:
+            calls[path] = calls.get(path, 0) + 1
+            name = path if calls[path] == 1 else f"{path}, call {calls[path]}"
+            found.append(measure(name, query, key, value, batch, scale))
+
+        return observe
+
+    with as_it_was(model) as samplings:
+        for path, sampling in samplings.items():
+            sampling.observer = observer_of(path)
+        model(*inputs, **named)
+    if not found:
+        raise ValueError(
+            f"model must hold softmax attention in random batches, but none was called in {type(model).__name__}; "
+            "convert a copy of it: randbatch.convert(copy.deepcopy(model), batch_size=...)"
+        )
+    return found

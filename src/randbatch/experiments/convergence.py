@@ -1,0 +1,169 @@
+"""`randbatch convergence`: measured rates against proved ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from randbatch._checks import check_choice, check_integer
+from randbatch._files import read_json, write_json, write_text
+from randbatch._optional import require
+from randbatch.experiments.cases import CASES, Case, start_of
+from randbatch.experiments.folders import open_folder
+from randbatch.experiments.network import network_convergence
+from randbatch.experiments.report import draw_convergence, points_csv
+from randbatch.experiments.softmax import softmax_jobs
+from randbatch.particles import BrownianPath, System, solve
+from randbatch.particles.convergence import jobs_of, measure, second_moment
+from randbatch.particles.rates import Convergence, Errors
+from randbatch.partition import fold_seed
+
+__all__ = ["ConvergenceConfig", "run_convergence"]
+
+SOFTMAX = "softmax"
+_REFINE = 4  # how much finer the reference is than the finest run
+_HALVINGS = range(3, 8)
+
+
+@dataclass(frozen=True)
+class ConvergenceConfig:
+    """Errors of random batches at several steps, the slopes through them, and the rates that are proved."""
+
+    system: str = "consensus"
+    """One of the systems of `randbatch simulate`, or `softmax`: every estimator of attention on the sphere."""
+    run: Path | None = None
+    """Folder of a finished training run: the random force in its layers and its end-to-end error, instead."""
+    batch_size: tuple[int, ...] = ()
+    """p. Default: 2 8 32; 8 for `softmax`; 32 64 128 256 512 for a run."""
+    dt: tuple[float, ...] = ()
+    """Steps τ, whole parts of t1, at least three. Default: t1/8 … t1/128."""
+    method: tuple[str, ...] = ()
+    """Of rbm1 and rbmr. Default: both."""
+    num_particles: int | None = None
+    """N. Default: 64."""
+    realisations: int | None = None
+    """Starts and noises. Default: 200; 16 for `softmax`; for a run, partitions of each batch size: 8."""
+    t1: float | None = None
+    """Where the errors are taken. Default: the one of the system."""
+    seed: int = 0
+    """Of starts, noise and partitions."""
+    out: Path | None = None
+    """Folder of the results. Default: runs/convergence-<system>-<time>, or the folder of the run. What is there already
+    is not computed again."""
+    root: Path | None = None
+    """Folder of the data sets, for a run. Default: the one of the run."""
+
+
+def run_convergence(config: ConvergenceConfig, *, say: Callable[[str], None] = print) -> None:
+    """Measure, print the table, and write points (CSV), table (Markdown) and picture (PNG).
+
+    Raises:
+        FileNotFoundError: `run` holds no finished run.
+        ValueError: a setting that does not fit.
+        Interrupted: by Ctrl-C; every finished curve is on the disk.
+    """
+    if config.run is not None:
+        network_convergence(config.run, config.root, config.batch_size, config.realisations, config.seed, say)
+        return
+    check_choice("system", config.system, [*CASES, SOFTMAX])
+    case = CASES["sphere_softmax" if config.system == SOFTMAX else config.system]
+    if case.why_not:
+        raise ValueError(f"system {config.system!r} has no rates to measure: {case.why_not}")
+    plan = _Plan.of(config, case)
+    with open_folder(config.out, f"convergence-{config.system}", asdict(plan), say) as folder:
+        errors = _measure_all(config.system, case, plan, folder / "errors.json")
+    found = Convergence(config.system, plan.num_particles, errors)
+    places = {kind: folder / f"convergence.{kind}" for kind in ("csv", "md", "png")}
+    write_text(places["csv"], points_csv(found))
+    write_text(places["md"], f"{found}\n")
+    draw_convergence(found, places["png"])
+    say(f"\n{found}\n\npoints: {places['csv']}\ntable: {places['md']}\npicture: {places['png']}")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The settings with every default filled in: two runs of the same plan give the same numbers."""
+
+    system: str
+    batch_sizes: list[int]
+    dts: list[float]
+    methods: list[str]
+    num_particles: int
+    realisations: int
+    t1: float
+    seed: int
+
+    @classmethod
+    def of(cls, config: ConvergenceConfig, case: Case) -> _Plan:
+        softmax = config.system == SOFTMAX
+        if softmax and config.method:
+            raise ValueError("method is for particles; softmax compares the estimators of attention")
+        t1 = case.t1 if config.t1 is None else config.t1
+        size = case.num_particles if config.num_particles is None else config.num_particles
+        realisations = (16 if softmax else 200) if config.realisations is None else config.realisations
+        sizes = list(config.batch_size or ((8,) if softmax else (2, 8, 32)))
+        for p in sizes:
+            if check_integer("batch_size", p, 2) > check_integer("num_particles", size, 2):
+                raise ValueError(f"batch_size must be at most the number of particles {size}, got {p}")
+        dts = list(config.dt) or [t1 / 2**k for k in _HALVINGS]
+        methods = [] if softmax else list(config.method or ("rbm1", "rbmr"))
+        check_integer("realisations", realisations, 2)
+        return cls(config.system, sizes, dts, methods, size, realisations, t1, check_integer("seed", config.seed))
+
+
+def _cosine(x: Tensor) -> Tensor:
+    """The mean cosine of two tokens, the observable of attention on the sphere, where `|x|²` is 1."""
+    return x.mean(dim=1).square().sum(dim=-1)
+
+
+def _measure_all(name: str, case: Case, plan: _Plan, kept: Path) -> list[Errors]:
+    """All curves; those that are in the file `kept` are taken from it, and others are added to it one by one."""
+    x0 = start_of(case, plan.realisations, plan.num_particles, fold_seed(plan.seed, 0) % 2**63)
+    noise = BrownianPath(fold_seed(plan.seed, 1), min(plan.dts) / _REFINE)
+    seed = fold_seed(plan.seed, 2)
+    if name == SOFTMAX:
+        parts = softmax_jobs(x0, plan.t1, plan.batch_sizes, noise, seed)
+    else:
+        system = case.system(plan.num_particles)
+        jobs = jobs_of(
+            system, x0, plan.t1, plan.methods, plan.batch_sizes, noise, proved=case.lipschitz, seed=seed
+        )  # fmt: skip
+        parts = [(system, jobs)]
+    observable = _cosine if case.view == "cosines" else second_moment
+    errors = [_errors_from(one) for one in read_json(kept)] if kept.exists() else []
+    total = len(plan.dts) * sum(len(jobs) for _, jobs in parts)
+    with require("tqdm").tqdm(total=total, initial=len(errors) * len(plan.dts), unit="run", disable=None) as bar:
+        done = 0
+        for system, jobs in parts:
+            missing = jobs[max(len(errors) - done, 0) :]
+            done += len(jobs)
+            reference = _reference(system, x0, plan.t1, noise) if missing else x0
+            for job in missing:
+                bar.set_description(f"{job.label}, p = {job.batch_size}")
+                errors.append(measure(job, reference, plan.dts, observable, bar.update))
+                write_json(kept, [_errors_to(one) for one in errors])
+    return errors
+
+
+def _reference(system: System, x0: Tensor, t1: float, noise: BrownianPath) -> Tensor:
+    return solve(system, x0, t1, noise.dt, "direct", noise=noise, progress=True).final
+
+
+def _errors_to(errors: Errors) -> dict[str, Any]:
+    content = {name: getattr(errors, name) for name in errors.__dataclass_fields__}
+    return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in content.items()}
+
+
+def _errors_from(content: dict[str, Any]) -> Errors:
+    difference = torch.tensor(content.pop("difference"), dtype=torch.float64)
+    squared = content.pop("squared")
+    return Errors(
+        squared=None if squared is None else torch.tensor(squared, dtype=torch.float64),
+        difference=difference,
+        **content,
+    )
