@@ -20,7 +20,7 @@ from randbatch.analysis.watching import as_it_was, measure_attention, progress_b
 from randbatch.estimators import ESTIMATORS
 from randbatch.estimators.at_tokens import SetsOf, log_attention_of, rows_of
 from randbatch.estimators.sampled import SampledEstimates
-from randbatch.particles.rates import Rate, fit_with_interval
+from randbatch.particles.rates import Rate, fit_with_interval, variance_factor
 from randbatch.partition import Partition, fold_seed, random_partition
 from randbatch.tolerance import sample_tokens
 
@@ -312,6 +312,6 @@ def _output(model: nn.Module, inputs: Sequence[Any], named_inputs: Mapping[str, 
 def _output_errors(name: str, sizes: Sequence[int], squared: Tensor, num_tokens: int) -> OutputErrors:
     means = squared.mean(dim=1)
     kept = [place for place, p in enumerate(sizes) if p < num_tokens and float(means[place]) > 0]
-    variances = [1 / (sizes[place] - 1) - 1 / (num_tokens - 1) for place in kept]
+    variances = [variance_factor(sizes[place], num_tokens) for place in kept]
     rate = fit_with_interval(variances, squared[kept], torch.sqrt) if len(kept) > 1 else None
     return OutputErrors(name, dict(zip(sizes, means.sqrt().tolist(), strict=True)), rate)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from randbatch._shapes import Float
 
-__all__ = ["FEWEST", "Convergence", "Errors", "Point", "Rate", "fit_with_interval"]
+__all__ = ["FEWEST", "Convergence", "Errors", "Point", "Rate", "fit_with_interval", "variance_factor"]
 
 FEWEST = 3
 """Points that a rate needs."""
@@ -142,7 +142,7 @@ class Convergence:
         last = [one.squared[-1] for one in some if one.squared is not None and bool(one.squared[-1].any())]
         if len(last) < 2 or len(last) < len(some):
             return None
-        variances = [1 / (one.batch_size - 1) - 1 / (self.num_particles - 1) for one in some]
+        variances = [variance_factor(one.batch_size, self.num_particles) for one in some]
         return fit_with_interval(variances, torch.stack(last), torch.sqrt)
 
     def __str__(self) -> str:
@@ -185,6 +185,12 @@ def _interval(samples: Float[Tensor, " b"]) -> tuple[float, float]:
     ends = torch.tensor([(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], dtype=torch.float64)
     low, high = samples.quantile(ends).tolist()
     return low, high
+
+
+def variance_factor(batch_size: int, num_particles: int) -> float:
+    """`1/(m−1) − 1/(N−1)` of the variance lemma, m the size of N/p batches that are balanced: at most p."""
+    size = num_particles / -(-num_particles // batch_size)
+    return 1 / (size - 1) - 1 / (num_particles - 1)
 
 
 def fit_with_interval(
