@@ -101,7 +101,7 @@ def test_thomson_energies(num: int, known: float) -> None:
 
 
 def test_thomson_by_annealing() -> None:
-    """N = 32 from random places, batches of 16, the step halved from stage to stage: within 1e-3 of the known energy."""
+    """N = 32 from random places, batches of 16, the step halved from stage to stage: the known energy to 1e-3."""
     x = on_sphere(2, 32, 3)
     for stage, (tau, steps) in enumerate(((0.02, 1000), (0.01, 1000), (0.005, 2000))):
         x = solve(particles.thomson(), x, steps * tau, tau, batch_size=16, seed=stage).final
