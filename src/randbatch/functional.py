@@ -10,8 +10,7 @@ from randbatch._checks import check_batch_vector, check_choice, check_integer, c
 from randbatch._shapes import Float, Int
 from randbatch.estimators import pick_estimator
 from randbatch.interactions import INTERACTIONS, Options
-from randbatch.kernels import Problem, pick_backend
-from randbatch.kernels.sdpa import is_linear_memory
+from randbatch.kernels import Problem, sdpa
 from randbatch.orthogonal import Rounds, draw_rounds
 from randbatch.partition import Partition, draw_seed, random_partition
 from randbatch.tolerance import choose_rounds
@@ -112,12 +111,7 @@ def estimate(
     options: Options,
 ) -> Float[Tensor, "n h dv"]:
     """The op once its partitions are known."""
-    attend = pick_estimator(estimator)
-    if not isinstance(rounds, Partition):
-        return attend(query, key, value, rounds, interaction, options)
-    # moved once, whatever the estimator does
-    query, key, value = rounds.pack(query), rounds.pack(key), rounds.pack(value)
-    return rounds.unpack(attend(query, key, value, rounds.packed(), interaction, options))
+    return pick_estimator(estimator)(query, key, value, rounds, interaction, options)
 
 
 def _check_tolerance_alone(rounds: int, partition: Partition | None, dropout_p: float, interaction: str) -> None:
@@ -191,10 +185,10 @@ def full_attention(
 
 def _attend_in_chunks(query: Tensor, key: Tensor, value: Tensor, problem: Problem, chunk_size: int | None) -> Tensor:
     """Softmax attention inside each of `[M, P, H, D]`, without holding more than a chunk's logits."""
-    attend = pick_backend("auto", problem).attend
+    attend = sdpa.attend  # of all keys by chunks of queries, which is not attention inside a partition
     num_batches, width, num_heads, _ = query.shape
     if chunk_size is None:
-        if is_linear_memory(problem):
+        if sdpa.is_linear_memory(problem):
             return attend(query, key, value, problem, None)[0]
         chunk_size = max(1, _CHUNK_LOGITS // (num_batches * width * num_heads))
     if chunk_size >= width:

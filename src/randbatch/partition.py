@@ -213,8 +213,10 @@ class Partition:
     def starts_and_widths(self) -> tuple[Int[Tensor, " m"], Int[Tensor, " m"]]:
         """Where each batch begins in batch order, and how many tokens it has; int64 `[M]` each."""
         rows = torch.tensor([rows for rows, _ in self.groups], dtype=torch.int64)
-        widths = torch.tensor([width for _, width in self.groups], dtype=torch.int64).repeat_interleave(rows)
-        return (widths.cumsum(0) - widths).to(self.order.device), widths.to(self.order.device)
+        widths = torch.tensor([width for _, width in self.groups], dtype=torch.int64)
+        widths = widths.repeat_interleave(rows, output_size=self.num_batches)
+        both = torch.stack([widths.cumsum(0) - widths, widths]).to(self.order.device, non_blocking=True)
+        return both[0], both[1]
 
     def count_met(self) -> Int[Tensor, " n"]:
         """The m − 1 others that each token meets in its batch, int64 `[N]` in batch order."""

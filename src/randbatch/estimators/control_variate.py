@@ -41,7 +41,12 @@ def corrected(
     if first.is_whole:
         return plain(query, key, value, first, interaction, options)  # full attention
     with torch.autocast(query.device.type, enabled=False):  # autocast would round the moments
-        return _correct(query, key, value, rounds, first, options)
+        if not isinstance(rounds, Partition):
+            return _correct(query, key, value, rounds, first, options)
+        # moved once: the moments need batch order as much as the attention does
+        query, key, value = (rounds.pack(tensor) for tensor in (query, key, value))
+        packed = rounds.packed()
+        return rounds.unpack(_correct(query, key, value, packed, packed, options))
 
 
 def _correct(query: Tensor, key: Tensor, value: Tensor, rounds: Rounds, first: Partition, options: Options) -> Tensor:

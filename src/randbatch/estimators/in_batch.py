@@ -63,12 +63,9 @@ def _in_batches(
     query: Tensor, key: Tensor, value: Tensor, part: Partition, interaction: str, options: Options
 ) -> tuple[Tensor, Tensor | None]:
     """One round: output and, if asked, the logarithm of the denominator, in the order of the query."""
-    interact = pick_interaction(interaction)
     if part.num_tokens == 0:
         return value.clone(), value.new_zeros(value.shape[:2])
-    blocks = zip(*(part.split(part.pack(tensor)) for tensor in (query, key, value)), strict=True)
-    outs, norms = zip(*(interact(q, k, v, options) for q, k, v in blocks), strict=True)
-    return part.unpack(part.join(outs)), part.unpack(part.join(norms)) if options.need_log_norm else None
+    return pick_interaction(interaction)(query, key, value, part, options)
 
 
 def _linear_rounds(query: Tensor, key: Tensor, value: Tensor, rounds: OrthogonalRounds, options: Options) -> Tensor:

@@ -10,7 +10,6 @@ Shape letters: N tokens, H heads, D head size of query and key, Dv of value.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from randbatch._shapes import Bool, Float, Int
 from randbatch.interactions import Options
-from randbatch.kernels import Backend, Problem, pick_backend
+from randbatch.kernels import Backend, OwnShift, Problem, pick_backend
 from randbatch.partition import Partition
 
 __all__ = ["attend_to_met", "have_met_all", "log_kappa", "merge"]
@@ -42,9 +41,7 @@ def attend_to_met(
     if query.shape[0] == 0:
         return value.clone()
     if isinstance(rounds, Partition):
-        if rounds.set_sizes is None:
-            return _attend_once(query, key, value, rounds, options, debias)
-        rounds = [rounds]
+        return _attend_once(query, key, value, rounds, options, debias)
     problem = Problem.of(query, value, options.scale, options.dropout_p, need_lse=True, exclude_self=True)
     backend = pick_backend(options.backend, problem)
     if problem.dropout_p > 0:
@@ -56,15 +53,23 @@ def attend_to_met(
 def _attend_once(
     query: Tensor, key: Tensor, value: Tensor, part: Partition, options: Options, debias: float | Tensor
 ) -> Tensor:
-    """One round of one set: κ is the same for all batches of a width, so a shift of the own logit does it."""
+    """One round: κ is the same for all tokens of a batch, so a shift of the own logit does it."""
     problem = Problem.of(query, value, options.scale, options.dropout_p)
-    backend = pick_backend(options.backend, problem)
     debias = torch.as_tensor(debias, device=query.device, dtype=_wide(query)).expand(query.shape[1])
-    outs: list[Tensor] = []
-    for q, k, v in zip(*(part.split(part.pack(tensor)) for tensor in (query, key, value)), strict=True):
-        kappa = math.log((part.num_tokens - 1) / (q.shape[1] - 1)) if q.shape[1] > 1 else 0.0
-        outs.append(backend.attend(q, k, v, problem, -kappa * debias)[0])
-    return part.unpack(part.join(outs))
+    backend = pick_backend(options.backend, problem)
+    return backend.attend(query, key, value, part, problem, _own_shift(part, debias))[0]
+
+
+def _own_shift(part: Partition, debias: Float[Tensor, " h"]) -> OwnShift:
+    """−δ log κ, for each batch, or for all of a width where there is one set."""
+    if part.set_of_batch is None or part.set_sizes is None:
+        width = torch.tensor([width for _, width in part.groups]).to(debias.device, non_blocking=True)
+        kappa = log_kappa(torch.full_like(width, part.num_tokens - 1), width - 1)
+        rows = [1] * len(part.groups)
+    else:
+        kappa = log_kappa(part.set_sizes[part.set_of_batch] - 1, part.starts_and_widths()[1] - 1)
+        rows = [rows for rows, _ in part.groups]
+    return (-kappa.to(debias.dtype).unsqueeze(1) * debias).split(rows)
 
 
 def log_kappa(others: Int[Tensor, "*n"], met: Int[Tensor, "*n"]) -> Float[Tensor, "*n"]:
@@ -81,17 +86,6 @@ def have_met_all(rounds: Iterable[Partition]) -> Bool[Tensor, " n"]:
     if met is None or others is None:
         raise ValueError("rounds must hold at least one partition")
     return met == others
-
-
-def _attend_round(attend: Any, part: Partition, tensors: Iterable[Tensor], problem: Problem) -> tuple[Tensor, Tensor]:
-    """One round, in the order of the tensors: output and log-sum-exp, 0 and −inf where a token is alone."""
-    outs: list[Tensor] = []
-    norms: list[Tensor] = []
-    for q, k, v in zip(*(part.split(part.pack(tensor)) for tensor in tensors), strict=True):
-        out, lse = (torch.zeros_like(v), None) if q.shape[1] == 1 else attend(q, k, v, problem)
-        outs.append(out)
-        norms.append(q.new_full(q.shape[:3], -torch.inf, dtype=_wide(q)) if lse is None else lse)
-    return part.unpack(part.join(outs)), part.unpack(part.join(norms))
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -112,7 +106,7 @@ def _merge_rounds(
     """All rounds merged, without oneself: output `[N, H, Dv]`, log-sum-exp `[N, H]`, and log κ `[N]`."""
     out = lse = met = others = None
     for part in rounds:
-        more, more_lse = _attend_round(attend, part, tensors, problem)
+        more, more_lse = attend(*tensors, part, problem)
         now = part.unpack(part.count_met())
         if out is None or lse is None or met is None:
             out, lse, met, others = more, more_lse, now, part.unpack(part.count_others())
@@ -156,18 +150,9 @@ class _AttendToMet(torch.autograd.Function):
         to_own = own * (grad.to(own.dtype) * (value - out)).sum(dim=-1, keepdim=True) * scale
         totals = [to_own * key, to_own * query, own * grad]
         for part in ctx.rounds:
-            packed = (part.split(part.pack(x)) for x in (grad, query, key, value, out, lse - weight))
-            pieces = [_backward_of(ctx, *blocks) for blocks in zip(*packed, strict=True)]
-            for position, blocks in enumerate(zip(*pieces, strict=True)):
-                totals[position] = totals[position] + part.unpack(part.join(blocks))
+            more = ctx.backend.backward(grad, query, key, value, out, lse - weight, part, ctx.problem)
+            totals = [total + gradient for total, gradient in zip(totals, more, strict=True)]
         return *(total.to(query.dtype) for total in totals), None, None, None, None
-
-
-def _backward_of(ctx: Any, *blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    _, query, key, value, *_ = blocks
-    if query.shape[1] == 1:
-        return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-    return ctx.backend.backward(*blocks, ctx.problem)
 
 
 def _own_logit(query: Tensor, key: Tensor, scale: float) -> Float[Tensor, "n h"]:
@@ -184,7 +169,11 @@ def _attend_with_dropout(
     backend: Backend,
 ) -> Tensor:
     """The same by autograd, which keeps the dropped weights of every round."""
-    out, lse, kappa = _merge_rounds(backend.attend, (query, key, value), rounds, problem)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, part: Partition, problem: Problem) -> Any:
+        return backend.attend(query, key, value, part, problem, None)
+
+    out, lse, kappa = _merge_rounds(attend, (query, key, value), rounds, problem)
     own = _own_logit(query, key, problem.scale)
     kept = F.dropout(torch.ones_like(own), problem.dropout_p).unsqueeze(-1)
     out, _ = merge(out, lse + (debias * kappa.unsqueeze(1)).to(lse.dtype), kept * value, own)

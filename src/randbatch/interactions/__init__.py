@@ -14,11 +14,12 @@ from randbatch._checks import check_choice
 from randbatch.interactions.linear import linear_attention
 from randbatch.interactions.options import Options
 from randbatch.interactions.softmax import softmax_attention
+from randbatch.partition import Partition
 
 __all__ = ["INTERACTIONS", "Interaction", "Options", "pick_interaction"]
 
-Interaction = Callable[[Tensor, Tensor, Tensor, Options], tuple[Tensor, Tensor | None]]
-"""Query and key `[M, P, H, D]`, value `[M, P, H, Dv]` → output `[M, P, H, Dv]`, log-denominator `[M, P, H]` or None."""
+Interaction = Callable[[Tensor, Tensor, Tensor, Partition, Options], tuple[Tensor, Tensor | None]]
+"""Query and key `[N, H, D]`, value and output `[N, H, Dv]`, log-denominator `[N, H]` or None, all in token order."""
 
 INTERACTIONS: dict[str, Interaction] = {
     "softmax": softmax_attention,

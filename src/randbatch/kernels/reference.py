@@ -28,16 +28,15 @@ def attend(
     key: Float[Tensor, "m p h d"],
     value: Float[Tensor, "m p h dv"],
     problem: Problem,
-    own_shift: Float[Tensor, " h"] | None = None,
+    own_shift: Float[Tensor, "_ h"] | None = None,
 ) -> tuple[Float[Tensor, "m q h dv"], Float[Tensor, "m q h"] | None]:
     """`softmax_j(scale · q_i·k_j) v_j` inside each batch, accumulated in at least fp32."""
     dtype = torch.promote_types(problem.dtype, torch.float32)
     with torch.autocast(problem.device.type, enabled=False):  # autocast would round the products again
         logits = _logits(query.to(dtype), key.to(dtype), problem)
         if own_shift is not None:
-            logits = logits + torch.diag_embed(own_shift.to(dtype).unsqueeze(1).expand(-1, query.shape[1])).transpose(
-                0, 1
-            )
+            own = own_shift.to(dtype).unsqueeze(-1).expand(-1, -1, query.shape[1])  # [M or 1, H, P]
+            logits = logits + torch.diag_embed(own).transpose(1, 2)
         weights = F.dropout(torch.softmax(logits, dim=-1), problem.dropout_p)
         out = torch.einsum("mqhp,mphe->mqhe", weights, value.to(dtype))
         return out.to(problem.dtype), torch.logsumexp(logits, dim=-1) if problem.need_lse else None

@@ -44,15 +44,17 @@ def attend(
     key: Float[Tensor, "m p h d"],
     value: Float[Tensor, "m p h dv"],
     problem: Problem,
-    own_shift: Float[Tensor, " h"] | None = None,
+    own_shift: Float[Tensor, "_ h"] | None = None,
 ) -> tuple[Float[Tensor, "m q h dv"], None]:
     """`softmax_j(scale · q_i·k_j) v_j` inside each batch."""
+    if own_shift is not None and own_shift.shape[0] > 1:
+        return _attend_by_shift(query, key, value, problem, own_shift), None
     if problem.device.type == "cuda" and query.shape[0] > _MAX_CUDA_BATCHES:
         pieces = zip(*(tensor.split(_MAX_CUDA_BATCHES) for tensor in (query, key, value)), strict=True)
         return torch.cat([attend(q, k, v, problem, own_shift)[0] for q, k, v in pieces]), None
     mask = None
     if own_shift is not None:
-        mask = torch.diag_embed(own_shift.to(query.dtype).unsqueeze(1).expand(-1, query.shape[1])).unsqueeze(0)
+        mask = torch.diag_embed(own_shift.to(query.dtype).unsqueeze(-1).expand(-1, -1, query.shape[1]))
     out = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -62,6 +64,19 @@ def attend(
         scale=problem.scale,
     )
     return out.transpose(1, 2), None
+
+
+def _attend_by_shift(query: Tensor, key: Tensor, value: Tensor, problem: Problem, own_shift: Tensor) -> Tensor:
+    """Batches of one shift together, as many calls as there are shifts: each has a mask `[1, H, P, P]`."""
+    kinds, kind = torch.unique(own_shift, dim=0, return_inverse=True)
+    if len(kinds) == 1:
+        return attend(query, key, value, problem, kinds)[0]
+    batches = [(kind == number).nonzero().squeeze(1) for number in range(len(kinds))]
+    outs = [
+        attend(query[rows], key[rows], value[rows], problem, kinds[number : number + 1])[0]
+        for number, rows in enumerate(batches)
+    ]
+    return torch.cat(outs)[torch.cat(batches).argsort()]
 
 
 def _mask(width: int, problem: Problem) -> Tensor | None:
