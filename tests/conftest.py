@@ -1,11 +1,13 @@
 """Every annotated call of the package is checked for shapes and dtypes while the tests run."""
 
+import os
 from collections.abc import Iterator
 
 import jaxtyping
 import pytest
 import torch
 
+os.environ["TRITON_INTERPRET"] = "1"  # triton reads it where kernels are defined; there need not be a GPU
 jaxtyping.install_import_hook("randbatch", "beartype.beartype")  # before anything imports randbatch
 torch.set_num_threads(1)  # the tensors are small, and the tests run side by side
 

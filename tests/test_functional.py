@@ -71,7 +71,7 @@ def test_one_batch_of_linear_is_linear_attention() -> None:
         torch.testing.assert_close(out, linear(*inputs), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+@pytest.mark.parametrize("backend", ["sdpa", "reference", "auto"])
 def test_attention_stays_inside_the_batches(backend: str) -> None:
     part = rb.random_partition(29, 8, seed=3)
     inputs = qkv(29, grad=True)
@@ -122,7 +122,7 @@ def test_gradcheck_of_full_attention() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
 def test_error_within_twice_the_formulas_own(backend: str, dtype: torch.dtype) -> None:
     """Against float64, outputs and gradients err at most twice as much as plain torch does in the same dtype."""
     part = rb.random_partition(96, 32, seed=2)
@@ -182,7 +182,7 @@ def test_scale_and_dropout() -> None:
     out = rb.random_batch_attention(*inputs, batch_size=16, scale=0.3)
     torch.testing.assert_close(out, attention(*inputs, scale=0.3), rtol=1e-12, atol=1e-12)
     ones = [*inputs[:2], torch.ones_like(inputs[2])]
-    for backend in BACKENDS:
+    for backend in ("sdpa", "reference"):
         torch.manual_seed(0)
         draws = torch.stack(
             [rb.random_batch_attention(*ones, batch_size=16, dropout_p=0.25, backend=backend) for _ in range(400)]

@@ -60,7 +60,8 @@ def random_batch_attention(
             `torch.manual_seed` reproduces it.
         partition: use this partition instead of drawing one; then `rounds` must be 1, there is no `tolerance`, and
             `batch`, `seed` and `batch_size` say nothing.
-        backend: `"sdpa"`, `"reference"`, or `"auto"`: the first of these that can take the problem.
+        backend: `"triton"` (one fused kernel, CUDA only), `"sdpa"`, `"reference"`, or `"auto"`: the first of these that
+            can take the problem.
         interaction: what happens inside a batch, `"softmax"` or `"linear"`.
 
     Returns:

@@ -1,13 +1,13 @@
 """Backends of the softmax interaction: the same formula, computed in different ways.
 
-Each backend says why it cannot take a problem (`why_not`) and computes it (`attend`). `"auto"` takes the first of
-`BACKENDS` that can; a backend asked for by name that cannot raises with its reason.
+Each backend says why it cannot take a problem (`why_not`) and computes it (`attend`). `"auto"` takes the first that
+can, in the order of the device; a backend asked for by name that cannot raises with its reason.
 """
 
 from __future__ import annotations
 
 from randbatch._checks import check_choice
-from randbatch.kernels import reference, sdpa
+from randbatch.kernels import reference, sdpa, triton
 from randbatch.kernels.backend import Backend, OwnShift
 from randbatch.kernels.blocks import in_blocks, over_blocks
 from randbatch.kernels.problem import Problem
@@ -15,9 +15,13 @@ from randbatch.kernels.problem import Problem
 __all__ = ["BACKENDS", "Backend", "OwnShift", "Problem", "over_blocks", "pick_backend"]
 
 BACKENDS = {
+    "triton": Backend(triton.why_not, triton.attend, triton.forward, triton.backward),
     "sdpa": in_blocks(sdpa.why_not, sdpa.attend, sdpa.forward, sdpa.backward),
     "reference": in_blocks(reference.why_not, reference.attend, reference.forward, reference.backward),
 }
+
+_AUTO = {"cuda": ("triton", "sdpa", "reference")}  # elsewhere triton is only interpreted, which is for tests
+
 
 def pick_backend(name: str, problem: Problem) -> Backend:
     """The backend called `name`, or for `"auto"` the first that can take the problem.
@@ -26,7 +30,8 @@ def pick_backend(name: str, problem: Problem) -> Backend:
         ValueError: the name is unknown, or that backend cannot take this problem.
     """
     if name == "auto":
-        return next(backend for backend in BACKENDS.values() if backend.why_not(problem) is None)
+        order = (BACKENDS[each] for each in _AUTO.get(problem.device.type, ("sdpa", "reference")))
+        return next(backend for backend in order if backend.why_not(problem) is None)
     backend = BACKENDS[check_choice("backend", name, ["auto", *BACKENDS])]
     reason = backend.why_not(problem)
     if reason is not None:
