@@ -41,7 +41,7 @@ def kernels(kind: int, every: bool) -> Iterator[tuple[str, str, int, Tile, bool]
             if of != kind or (dropout and dim != 64 and not every):
                 continue
             tall = {"forward": [tiles.forward], "queries": [tiles.queries], "keys": [tiles.keys]}
-            tall["whole"] = list(tiles.whole[: 1 if dropout else None])
+            tall["whole"] = list(tiles.dropout if dropout else tiles.whole)
             for name, column in tall.items():
                 blocks = [16, 32, 64, 128, 256] if every else [256]
                 parts = {tile.within(block, dim) for tile, block in itertools.product(column, blocks)}

@@ -6,8 +6,8 @@ neighbouring heads, so that they share the rows' cache lines. No program adds to
 atomics, and the same input gives the same bits.
 
 `shift` is added to the logit of a token with itself. Rows that a tile has too many are loaded as zero and never stored.
-Logits are not in units of log 2, though the hardware has exp2: log₂e · lse would be rounded at the size of the lse, and
-float32 gradients then err more than twice as much as plain torch.
+In bf16 and fp16 logits are in units of log 2, since the hardware has exp2. In float32 they are not: log₂e · lse would
+be rounded at the size of the lse, an error of all weights of a row.
 
 Letters of tiles: M query rows, N key rows, D dimensions of query and key, E of value; both rounded up to powers of two.
 """
@@ -21,6 +21,7 @@ import triton.language as tl
 
 __all__ = ["attend_forward", "backward_of_keys", "backward_of_queries"]
 
+_LOG2E = tl.constexpr(1.4426950408889634)
 _PHILOX_ROUNDS = tl.constexpr(7)  # the fewest that pass every test of BigCrush (Salmon et al., SC 2011)
 
 
@@ -31,6 +32,19 @@ def _dot(a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     if UPCAST:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+@no_type_check
+def _scaled(x, PRECISION: tl.constexpr):
+    """What is added to logits or multiplies them, in the units of logits."""
+    return x if PRECISION == "ieee" else x * _LOG2E
+
+
+@triton.jit
+@no_type_check
+def _exp(x, PRECISION: tl.constexpr):
+    return tl.exp(x) if PRECISION == "ieee" else tl.exp2(x)
 
 
 @triton.jit
@@ -61,9 +75,9 @@ def _store_rows(x, y, tokens, there, row, SIZE: tl.constexpr, BLOCK: tl.constexp
 @triton.jit
 @no_type_check
 def _logits(q, k, rows, cols, scale, own, SHIFT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    s = _dot(q, tl.trans(k), PRECISION, UPCAST) * scale
+    s = _dot(q, tl.trans(k), PRECISION, UPCAST) * _scaled(scale, PRECISION)
     if SHIFT:
-        s = tl.where(rows[:, None] == cols[None, :], s + own, s)
+        s = tl.where(rows[:, None] == cols[None, :], s + _scaled(own, PRECISION), s)
     return s
 
 
@@ -143,8 +157,8 @@ def attend_forward(
         s = tl.where(col_there[None, :], s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, axis=1))
         base = tl.where(new_top == float("-inf"), 0.0, new_top)  # no key yet: weights 0, not nan
-        p = tl.exp(s - base[:, None])
-        decay = tl.exp(top - base)
+        p = _exp(s - base[:, None], PRECISION)
+        decay = _exp(top - base, PRECISION)
         total = total * decay + tl.sum(p, axis=1)
         if DROPOUT:
             p = tl.where(_kept(tl.load(seed), tokens, others, head, dropout_p), p / (1.0 - dropout_p), 0.0)
@@ -154,7 +168,8 @@ def attend_forward(
     total = tl.where(total == 0.0, 1.0, total)  # a token without keys: output 0, log-sum-exp −∞, which top already is
     acc = acc / total[:, None]
     _store_rows(out + head * SIZE_E, acc, tokens, row_there, num_heads * SIZE_E, SIZE_E, E)
-    tl.store(lse + tokens * num_heads + head, top + tl.log(total), mask=row_there)
+    norm = top + tl.log(total) if PRECISION == "ieee" else (top + tl.log2(total)) / _LOG2E
+    tl.store(lse + tokens * num_heads + head, norm, mask=row_there)
 
 
 @triton.jit
@@ -183,7 +198,7 @@ def _weights_and_slopes(
 ):
     """The weights after dropout, and `ds = p (dp − δ)`, both `[M, N]`."""
     s = _logits(q, k, rows, cols, scale, own, SHIFT, PRECISION, UPCAST)
-    p = tl.where(col_there[None, :], tl.exp(s - norm[:, None]), 0.0)
+    p = tl.where(col_there[None, :], _exp(s - norm[:, None], PRECISION), 0.0)
     dp = _dot(grad, tl.trans(v), PRECISION, UPCAST)
     dropped = p
     if DROPOUT:
@@ -195,10 +210,10 @@ def _weights_and_slopes(
 
 @triton.jit
 @no_type_check
-def _load_norm(lse, tokens, there, num_heads, head):
+def _load_norm(lse, tokens, there, num_heads, head, PRECISION: tl.constexpr):
     """The log-sum-exp; +∞, that is weights of 0, for rows that are not there or have no key."""
     norm = tl.load(lse + tokens * num_heads + head, mask=there, other=float("-inf"))
-    return tl.where(norm == float("-inf"), float("inf"), norm)
+    return tl.where(norm == float("-inf"), float("inf"), _scaled(norm, PRECISION))
 
 
 @triton.jit(do_not_specialize=["first", "num_tiles", "scale", "dropout_p"])
@@ -262,7 +277,7 @@ def backward_of_queries(
         d -= tl.load(grad_lse + tokens * num_heads + head, mask=row_there, other=0.0)
     if not WHOLE:
         tl.store(delta + tokens * num_heads + head, d, mask=row_there)
-    norm = _load_norm(lse, tokens, row_there, num_heads, head)
+    norm = _load_norm(lse, tokens, row_there, num_heads, head, PRECISION)
     q = _load_rows(query + head * query_head, tokens, row_there, query_row, SIZE_D, D)
     dq = tl.zeros([M, D], tl.float32)
     for begin in range(0, width, N):
@@ -336,7 +351,7 @@ def backward_of_keys(
         rows, row_there, tokens = _tokens_of(order, start, width, begin, M)
         q = _load_rows(query + head * query_head, tokens, row_there, query_row, SIZE_D, D)
         g = _load_rows(grad + head * grad_head, tokens, row_there, grad_row, SIZE_E, E)
-        norm = _load_norm(lse, tokens, row_there, num_heads, head)
+        norm = _load_norm(lse, tokens, row_there, num_heads, head, PRECISION)
         d = tl.load(delta + tokens * num_heads + head, mask=row_there, other=0.0)
         p, ds = _weights_and_slopes(
             q, k, v, g, norm, d, rows, cols, col_there, tokens, others, head, scale, own, seed, dropout_p,

@@ -41,45 +41,46 @@ class Tiles:
 
     Attributes:
         forward: of `attend_forward`.
-        whole: of `backward_of_queries` where M covers a batch, for batches of more and more tokens. With dropout, which
-            needs more registers, only the first.
+        whole: of `backward_of_queries` where M covers a batch, for batches of more and more tokens.
+        dropout: the same with dropout, which needs more registers.
         queries: of `backward_of_queries` for longer batches.
         keys: of `backward_of_keys`.
     """
 
     forward: Tile
     whole: tuple[Tile, ...]
+    dropout: tuple[Tile, ...]
     queries: Tile
     keys: Tile
 
 
+_T = Tile
 _LARGE = Tile(128, 64, 8, 2)
 
 TABLE: dict[tuple[int, int, int], Tiles] = {  # compute capability × 10, bytes of a number, D
-    (90, 2, 16): Tiles(Tile(128, 64, 8, 3), (_LARGE, Tile(256, 64, 8, 2)), _LARGE, _LARGE),
-    (90, 2, 32): Tiles(Tile(128, 64, 8, 3), (_LARGE, Tile(256, 64, 8, 2)), _LARGE, _LARGE),
-    (90, 2, 64): Tiles(Tile(128, 64, 8, 3), (_LARGE, Tile(256, 64, 8, 1)), _LARGE, _LARGE),
+    (90, 2, 16): Tiles(_T(128, 64, 8, 3), (_LARGE, _T(256, 64, 8, 2)), (_LARGE,), _LARGE, _LARGE),
+    (90, 2, 32): Tiles(_T(128, 64, 8, 3), (_LARGE, _T(256, 64, 8, 2)), (_LARGE,), _LARGE, _LARGE),
+    (90, 2, 64): Tiles(_T(128, 64, 8, 3), (_LARGE, _T(256, 64, 8, 1)), (_LARGE,), _LARGE, _LARGE),
     (90, 2, 128): Tiles(
-        Tile(128, 64, 8, 3),
-        (Tile(32, 32, 4, 2), Tile(64, 64, 8, 2), Tile(128, 64, 8, 1)),
-        _LARGE,
-        Tile(128, 64, 8, 1),
+        _T(128, 64, 8, 3), (_T(64, 64, 8, 2), _T(128, 64, 8, 1)), (_T(64, 32, 4, 1),), _LARGE, _T(128, 64, 8, 1)
     ),
-    (80, 2, 16): Tiles(Tile(128, 64, 8, 3), (_LARGE, Tile(256, 64, 8, 2)), _LARGE, _LARGE),
-    (80, 2, 32): Tiles(Tile(128, 32, 8, 3), (_LARGE, Tile(256, 32, 8, 2)), _LARGE, Tile(64, 64, 4, 2)),
+    (80, 2, 16): Tiles(_T(128, 64, 8, 3), (_LARGE, _T(256, 64, 8, 2)), (_LARGE,), _LARGE, _LARGE),
+    (80, 2, 32): Tiles(_T(128, 32, 8, 3), (_LARGE, _T(256, 32, 8, 2)), (_LARGE,), _LARGE, _T(64, 64, 4, 2)),
     (80, 2, 64): Tiles(
-        Tile(128, 64, 8, 3), (Tile(64, 32, 4, 2), Tile(128, 32, 8, 2)), _LARGE, Tile(128, 32, 8, 2)
+        _T(128, 64, 8, 3), (_T(64, 32, 4, 2), _T(128, 32, 8, 2)), (_T(64, 32, 4, 2),), _LARGE, _T(128, 32, 8, 2)
     ),
-    (80, 2, 128): Tiles(Tile(128, 32, 8, 3), (Tile(64, 32, 8, 2),), Tile(128, 32, 8, 2), Tile(64, 64, 8, 1)),
-    (90, 4, 16): Tiles(Tile(64, 64, 4, 3), (Tile(64, 32, 8, 2),), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
-    (90, 4, 32): Tiles(Tile(64, 64, 8, 3), (Tile(32, 32, 8, 2),), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
-    (90, 4, 64): Tiles(Tile(64, 32, 8, 3), (Tile(32, 32, 8, 1),), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-    (90, 4, 128): Tiles(Tile(32, 16, 8, 2), (Tile(16, 16, 8, 1),), Tile(16, 16, 8, 1), Tile(32, 32, 8, 1)),
-    (80, 4, 16): Tiles(Tile(64, 64, 4, 3), (Tile(64, 32, 8, 2),), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
-    (80, 4, 32): Tiles(Tile(64, 64, 8, 3), (Tile(32, 16, 4, 1),), Tile(32, 32, 4, 1), Tile(32, 32, 8, 2)),
-    (80, 4, 64): Tiles(Tile(64, 32, 8, 3), (Tile(32, 32, 8, 2),), Tile(32, 32, 8, 1), Tile(32, 32, 8, 2)),
-    (80, 4, 128): Tiles(Tile(64, 32, 8, 3), (Tile(16, 16, 8, 1),), Tile(16, 16, 8, 1), Tile(32, 32, 8, 1)),
-}  # fmt: skip
+    (80, 2, 128): Tiles(
+        _T(128, 32, 8, 3), (_T(64, 32, 8, 2),), (_T(64, 32, 8, 2),), _T(128, 32, 8, 2), _T(64, 64, 8, 1)
+    ),
+    (90, 4, 16): Tiles(_T(64, 64, 4, 3), (_T(64, 32, 8, 2),), (_T(64, 32, 8, 2),), _T(64, 32, 8, 2), _T(64, 32, 8, 2)),
+    (90, 4, 32): Tiles(_T(64, 64, 8, 3), (_T(32, 32, 8, 2),), (_T(32, 32, 8, 2),), _T(32, 32, 4, 1), _T(32, 32, 4, 1)),
+    (90, 4, 64): Tiles(_T(64, 32, 8, 3), (_T(32, 32, 8, 1),), (_T(32, 32, 8, 1),), _T(32, 32, 8, 2), _T(32, 32, 8, 2)),
+    (90, 4, 128): Tiles(_T(32, 16, 8, 2), (_T(16, 16, 8, 1),), (_T(16, 16, 8, 1),), _T(16, 16, 8, 1), _T(32, 32, 8, 1)),
+    (80, 4, 16): Tiles(_T(64, 64, 4, 3), (_T(64, 32, 8, 2),), (_T(64, 32, 8, 2),), _T(64, 32, 8, 2), _T(64, 32, 8, 2)),
+    (80, 4, 32): Tiles(_T(64, 64, 8, 3), (_T(32, 32, 4, 1),), (_T(32, 32, 4, 1),), _T(32, 32, 4, 1), _T(32, 32, 8, 2)),
+    (80, 4, 64): Tiles(_T(64, 32, 8, 3), (_T(32, 32, 8, 2),), (_T(32, 32, 8, 2),), _T(32, 32, 8, 1), _T(32, 32, 8, 2)),
+    (80, 4, 128): Tiles(_T(64, 32, 8, 3), (_T(16, 16, 8, 1),), (_T(16, 16, 8, 1),), _T(16, 16, 8, 1), _T(32, 32, 8, 1)),
+}
 
 
 def block_of(size: int) -> int:
@@ -132,7 +133,7 @@ def _classes(groups: Sequence[int]) -> Iterator[tuple[int, int, int]]:
 
 
 def _whole_tile(tiles: Tiles, block: int, dropout: bool) -> Tile | None:
-    return next((tile for tile in tiles.whole[: 1 if dropout else None] if tile.rows >= block), None)
+    return next((tile for tile in (tiles.dropout if dropout else tiles.whole) if tile.rows >= block), None)
 
 
 def forward_launches(groups: Sequence[int], query: Tensor, value: Tensor) -> Iterator[Launch]:
