@@ -9,6 +9,7 @@ import torch
 
 os.environ["TRITON_INTERPRET"] = "1"  # triton reads it where kernels are defined; there need not be a GPU
 jaxtyping.install_import_hook("randbatch", "beartype.beartype")  # before anything imports randbatch
+collect_ignore = ["compile_kernels.py"]  # a program, for a process without the interpreter
 torch.set_num_threads(1)  # the tensors are small, and the tests run side by side
 
 
