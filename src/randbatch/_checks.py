@@ -19,6 +19,15 @@ def check_integer(name: str, value: object, minimum: int | None = None) -> int:
     return value
 
 
+def check_chunk_batches(value: object) -> None:
+    """Check batches at a time: an int >= 1, `"auto"` or None."""
+    if value is None or value == "auto":
+        return
+    if isinstance(value, str):
+        raise ValueError(f"chunk_batches must be an int, 'auto' or None, got {value!r}")
+    check_integer("chunk_batches", value, 1)
+
+
 def check_probability(name: str, value: float) -> float:
     """Return `value` if it lies in [0, 1)."""
     if not 0.0 <= value < 1.0:

@@ -6,7 +6,7 @@ import fnmatch
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -114,6 +114,8 @@ class Convert:
         rounds: partitions per call in training. Default: 1.
         eval_rounds: partitions per call in eval. Default: the same as `rounds`.
         backend: of softmax attention. Default: the first that can.
+        chunk_batches: batches at a time, computed again in backward, which saves memory; torch's attention is then
+            projected in pieces too. Linear attentions take an int, not `"auto"`. Default: None, all at once.
         seed: the partitions of eval; each module derives its own.
 
     Returns:
@@ -152,12 +154,21 @@ class Convert:
         rounds: int = 1,
         eval_rounds: int | None = None,
         backend: str = "auto",
+        chunk_batches: int | Literal["auto"] | None = None,
         seed: int = 0,
     ) -> ConversionReport:
         """Convert, as the class says."""
         if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        settings = Sampling(batch_size, estimator, rounds, eval_rounds, backend, check_integer("seed", seed))
+        settings = Sampling(
+            batch_size,
+            estimator,
+            rounds,
+            eval_rounds,
+            backend,
+            check_integer("seed", seed),
+            chunk_batches=chunk_batches,
+        )
         load_rules()
         plan = _Plan(_as_predicate(where))
         plan.visit("", model, ())

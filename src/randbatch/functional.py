@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from randbatch._checks import check_batch_vector, check_choice, check_integer, check_probability, check_qkv
+from randbatch._checks import (
+    check_batch_vector,
+    check_choice,
+    check_chunk_batches,
+    check_integer,
+    check_probability,
+    check_qkv,
+)
 from randbatch._shapes import Float, Int
 from randbatch.estimators import pick_estimator
+from randbatch.estimators.in_pieces import Pipeline, estimate_in_pieces
 from randbatch.interactions import INTERACTIONS, Options
 from randbatch.kernels import Problem, sdpa
 from randbatch.orthogonal import Rounds, draw_rounds
 from randbatch.partition import Partition, draw_seed, random_partition
+from randbatch.streaming import ChunkBatches
 from randbatch.tolerance import choose_rounds
 
 __all__ = ["estimate", "full_attention", "random_batch_attention"]
@@ -36,6 +47,7 @@ def random_batch_attention(
     partition: Partition | None = None,
     backend: str = "auto",
     interaction: str = "softmax",
+    chunk_batches: int | Literal["auto"] | None = None,
 ) -> Float[Tensor, "n h dv"]:
     """Attention inside random batches of p tokens: `y_i = Σ_{j∈C(i)} softmax_j(scale · q_i·k_j) v_j`.
 
@@ -63,6 +75,9 @@ def random_batch_attention(
         backend: `"triton"` (one fused kernel, CUDA only), `"sdpa"`, `"reference"`, or `"auto"`: the first of these that
             can take the problem.
         interaction: what happens inside a batch, `"softmax"` or `"linear"`.
+        chunk_batches: batches at a time, computed again in backward: memory is that of the arguments, the output, their
+            gradients and one piece, whatever p. `"auto"`: as many as fit into free memory, and no more than are of
+            use. Default: None, all at once and kept for backward, which takes a fifth to a third less time.
 
     Returns:
         `[N, H, Dv]` in the dtype of `value`.
@@ -70,7 +85,8 @@ def random_batch_attention(
     Raises:
         TypeError: a tensor is not floating point, dtypes differ, an int argument is not an int.
         ValueError: shapes or devices differ, an unknown name, a backend that cannot, `batch_size` < 2; `tolerance`
-            beside `rounds`, `partition`, dropout or another interaction than softmax.
+            beside `rounds`, `partition`, dropout or another interaction than softmax; `chunk_batches` < 1, or with
+            the estimator `"corrected"` or several rounds of linear attention, which have no pieces.
 
     Source: Liu, Ma, Jin, Wang, "Random Batch Attention", arXiv 2511.06044.
 
@@ -86,6 +102,7 @@ def random_batch_attention(
     check_batch_vector(batch, query.shape[0], query.device)
     check_probability("dropout_p", dropout_p)
     check_choice("interaction", interaction, INTERACTIONS)
+    check_chunk_batches(chunk_batches)
     if tolerance is not None:
         _check_tolerance_alone(rounds, partition, dropout_p, interaction)
     if partition is not None:
@@ -99,7 +116,8 @@ def random_batch_attention(
                 query, key, value, batch_size, tolerance, batch=batch, estimator=estimator, scale=scale, seed=seed
             ).rounds
         parts = draw_rounds(query.shape[0], batch_size, rounds, batch=batch, seed=seed, device=query.device)
-    return estimate(query, key, value, parts, estimator, interaction, Options(scale, dropout_p, backend))
+    options = Options(scale, dropout_p, backend)
+    return estimate(query, key, value, parts, estimator, interaction, options, chunk_batches)
 
 
 def estimate(
@@ -110,8 +128,15 @@ def estimate(
     estimator: str,
     interaction: str,
     options: Options,
+    chunk_batches: ChunkBatches = None,
 ) -> Float[Tensor, "n h dv"]:
     """The op once its partitions are known."""
+    if chunk_batches is not None:
+        numbers = 2 * query.shape[1] * (query.shape[2] + value.shape[2])
+        pipeline = Pipeline((query, key, value), numbers)
+        return estimate_in_pieces(
+            pipeline, rounds, estimator, interaction, options, chunk_batches, num_heads=query.shape[1]
+        )
     return pick_estimator(estimator)(query, key, value, rounds, interaction, options)
 
 

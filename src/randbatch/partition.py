@@ -9,101 +9,20 @@ Shape letters: N tokens, M batches, P slots per batch (the largest batch).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from randbatch._checks import check_batch_vector, check_integer
+from randbatch._rows import permute
+from randbatch._seeds import draw_seed, fold_seed, random_keys
 from randbatch._shapes import Bool, Int, Shaped
 
 __all__ = ["Partition", "by_size", "draw_seed", "fold_seed", "random_partition", "random_subsets", "shuffle_sets"]
-
-_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the stride of splitmix64's counter
-_MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))  # splitmix64's shifts and multipliers
-_LAST_SHIFT = 31
-_WORD = 1 << 64
-_NUMBERS = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}  # by their bytes
-
-
-def _mix(word: int) -> int:
-    """Splitmix64's finalizer on a Python int: a bijection of 64-bit words whose output bits look independent."""
-    for shift, factor in _MIX:
-        word = ((word ^ (word >> shift)) * factor) % _WORD
-    return word ^ (word >> _LAST_SHIFT)
-
-
-def _signed(word: int) -> int:
-    return word - _WORD if word >= _WORD // 2 else word
-
-
-def fold_seed(seed: int, position: int) -> int:
-    """A seed for the `position`-th draw that belongs to `seed` (a round, a layer), unrelated to its neighbours.
-
-    >>> fold_seed(0, 0) != fold_seed(0, 1)
-    True
-    """
-    return _mix((_mix(seed % _WORD) + (position + 1) * _GOLDEN) % _WORD) >> 1
-
-
-def draw_seed() -> int:
-    """A fresh seed from torch's default CPU generator.
-
-    The default generator is what `torch.manual_seed` sets and what activation checkpointing replays; a private
-    generator would not be replayed, and gradients would be silently wrong.
-    """
-    return int(torch.randint(0, 2**63 - 1, (), device="cpu").item())
-
-
-def _random_keys(num_tokens: int, seed: int, device: torch.device) -> Int[Tensor, " n"]:
-    """Hash token numbers to int64 keys in [0, 2^63): splitmix64 started at the hashed seed."""
-
-    def xor_shift(keys: Tensor, shift: int) -> Tensor:
-        # torch shifts int64 arithmetically; the mask makes the shift logical
-        return keys.bitwise_xor_((keys >> shift).bitwise_and_((1 << (64 - shift)) - 1))
-
-    keys = torch.arange(num_tokens, dtype=torch.int64, device=device)
-    keys.mul_(_signed(_GOLDEN)).add_(_signed(_mix(seed % _WORD)))  # int64 arithmetic wraps, on every device
-    for shift, factor in _MIX:
-        xor_shift(keys, shift).mul_(_signed(factor))
-    return xor_shift(keys, _LAST_SHIFT).bitwise_and_((1 << 63) - 1)
-
-
-def _take_rows(x: Tensor, order: Tensor) -> Tensor:
-    """`x[order]`; short rows go as one number each, which on a CPU is five times faster than row by row."""
-    size = math.prod(x.shape[1:]) * x.element_size()
-    number = _NUMBERS.get(size)
-    fits = x.dim() > 1 and x.is_contiguous() and x.device.type == "cpu"
-    if number is None or not fits or x.storage_offset() * x.element_size() % size:
-        return x.index_select(0, order)
-    return x.flatten(1).view(number).squeeze(1).index_select(0, order).unsqueeze(1).view(x.dtype).view(x.shape)
-
-
-class _Permute(torch.autograd.Function):
-    """`x[order]` whose backward is `grad[inverse]`; each is the other's derivative, to every order."""
-
-    @staticmethod
-    def forward(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        return _take_rows(x, order)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
-        order, inverse = ctx.saved_tensors
-        return _permute(grads[0], inverse, order), None, None
-
-
-def _permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    permuted: Any = _Permute.apply(x, order, inverse)
-    return permuted
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +39,7 @@ class Partition:
         set_of_batch: int64 `[M]`, the set (graph) that each batch is of; None if there is one set.
         set_sizes: int64 `[G]`, the number of tokens of each set; None if there is one set.
         in_order: whether tokens already stand in batch order, so that nothing has to be moved.
+        part_of: the partition of which these are some of the batches; None if they are all.
 
     Example:
         >>> part = random_partition(5, 2)
@@ -135,6 +55,7 @@ class Partition:
     set_of_batch: Int[Tensor, " m"] | None = None
     set_sizes: Int[Tensor, " g"] | None = None
     in_order: bool = False
+    part_of: Partition | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -149,7 +70,13 @@ class Partition:
     @property
     def is_whole(self) -> bool:
         """Whether every set is one batch, so that attention inside batches is full attention."""
-        return self.num_batches <= (1 if self.set_sizes is None else self.set_sizes.numel())
+        whole = self.part_of or self
+        return whole.num_batches <= (1 if whole.set_sizes is None else whole.set_sizes.numel())
+
+    @property
+    def set_size(self) -> int:
+        """The size of the set, where there is one: N, unless these are some of its batches only."""
+        return (self.part_of or self).num_tokens
 
     @property
     def num_slots(self) -> int:
@@ -182,11 +109,11 @@ class Partition:
 
     def pack(self, x: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "n ..."]:
         """Token order `[N, …]` to batch order `[N, …]`."""
-        return x if self.in_order else _permute(x, self.order, self.inverse)
+        return x if self.in_order else permute(x, self.order, self.inverse)
 
     def unpack(self, packed: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "n ..."]:
         """Batch order `[N, …]` to token order `[N, …]`."""
-        return packed if self.in_order else _permute(packed, self.inverse, self.order)
+        return packed if self.in_order else permute(packed, self.inverse, self.order)
 
     def split(self, packed: Shaped[Tensor, "n ..."]) -> list[Tensor]:
         """Cut batch order `[N, …]` into one view `[rows, width, …]` per batch size: whole batches, no padding."""
@@ -202,6 +129,22 @@ class Partition:
         """The same batches for tokens that stand in batch order: `packed().pack(x)` is `x`."""
         positions = torch.arange(self.num_tokens, device=self.order.device)
         return replace(self, order=positions, in_order=True)
+
+    def chunks(self, num_batches: int) -> Iterator[tuple[Int[Tensor, " n"], Partition]]:
+        """At most `num_batches` batches at a time: their tokens, and the partition of these tokens in that order."""
+        whole = self.part_of or self
+        start = 0
+        for first in range(0, self.num_batches, num_batches):
+            rows = slice(first, first + num_batches)
+            groups = _some_groups(self.groups, rows.start, rows.stop)
+            num_tokens = sum(rows * width for rows, width in groups)
+            positions = torch.arange(num_tokens, device=self.order.device)
+            sets = None if self.set_of_batch is None else self.set_of_batch[rows]
+            yield (
+                self.order[start : start + num_tokens],
+                Partition(positions, groups, sets, self.set_sizes, in_order=True, part_of=whole),
+            )
+            start += num_tokens
 
     def spread(self, values: Shaped[Tensor, "m ..."]) -> Shaped[Tensor, "n ..."]:
         """What belongs to a batch, `[M, …]`, to each of its tokens, `[N, …]` in batch order."""
@@ -225,7 +168,7 @@ class Partition:
     def count_others(self) -> Int[Tensor, " n"]:
         """N − 1, the others in each token's whole set, int64 `[N]` in batch order."""
         if self.set_of_batch is None or self.set_sizes is None:
-            return torch.full_like(self.order, self.num_tokens - 1)
+            return torch.full_like(self.order, self.set_size - 1)
         return self.spread(self.set_sizes[self.set_of_batch]) - 1
 
     def gather(self, x: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m p ..."]:
@@ -259,6 +202,17 @@ class Partition:
             raise ValueError(f"{name} must start with {list(shape)} to fit this partition, got {list(tensor.shape)}")
 
 
+def _some_groups(groups: tuple[tuple[int, int], ...], first: int, stop: int) -> tuple[tuple[int, int], ...]:
+    """The groups of the batches from `first` to before `stop`."""
+    some: list[tuple[int, int]] = []
+    for rows, width in groups:
+        taken = max(0, min(rows, stop) - max(0, first))
+        if taken:
+            some.append((taken, width))
+        first, stop = first - rows, stop - rows
+    return tuple(some)
+
+
 def _balanced_groups(num_tokens: int, batch_size: int) -> tuple[tuple[int, int], ...]:
     """M = ceil(N / p) batches whose sizes differ by at most one, as `((rows, width), …)`, widest first."""
     num_batches = -(-num_tokens // batch_size)
@@ -271,7 +225,7 @@ def _balanced_groups(num_tokens: int, batch_size: int) -> tuple[tuple[int, int],
 
 def shuffle_sets(num_tokens: int, batch: Tensor | None, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The tokens set after set, at random inside each, and the sizes of the sets that have tokens: `[N]`, `[G]`."""
-    keys = _random_keys(num_tokens, seed, device)
+    keys = random_keys(num_tokens, seed, device)
     if batch is None:
         return torch.argsort(keys, stable=True), torch.full((1,), num_tokens, device=device)
     counts = torch.bincount(batch)
@@ -391,7 +345,7 @@ def random_subsets(
     check_integer("batch_size", batch_size, 2)
     check_integer("num_tokens", num_tokens, batch_size)
     check_integer("draws", draws, 0)
-    keys = _random_keys(draws * batch_size, check_integer("seed", seed), torch.device(device or "cpu"))
+    keys = random_keys(draws * batch_size, check_integer("seed", seed), torch.device(device or "cpu"))
     keys = keys.view(draws, batch_size)
     for slot in range(batch_size):
         last = num_tokens - batch_size + slot

@@ -23,7 +23,7 @@ from randbatch.interactions import Options
 from randbatch.kernels import Backend, OwnShift, Problem, pick_backend
 from randbatch.partition import Partition
 
-__all__ = ["attend_to_met", "have_met_all", "log_kappa", "merge"]
+__all__ = ["attend_to_met", "have_met_all", "log_kappa", "merge", "own_logit"]
 
 
 def attend_to_met(
@@ -64,7 +64,7 @@ def _own_shift(part: Partition, debias: Float[Tensor, " h"]) -> OwnShift:
     """−δ log κ, for each batch, or for all of a width where there is one set."""
     if part.set_of_batch is None or part.set_sizes is None:
         width = torch.tensor([width for _, width in part.groups]).to(debias.device, non_blocking=True)
-        kappa = log_kappa(torch.full_like(width, part.num_tokens - 1), width - 1)
+        kappa = log_kappa(torch.full_like(width, part.set_size - 1), width - 1)
         rows = [1] * len(part.groups)
     else:
         kappa = log_kappa(part.set_sizes[part.set_of_batch] - 1, part.starts_and_widths()[1] - 1)
@@ -133,7 +133,7 @@ class _AttendToMet(torch.autograd.Function):
     ) -> Tensor:
         out, lse, kappa = _merge_rounds(backend.forward, (query, key, value), rounds, problem)
         weight = (debias * kappa.unsqueeze(1)).to(lse.dtype)  # δ log κ, [N, 1] or [N, H]
-        own = _own_logit(query, key, problem.scale)
+        own = own_logit(query, key, problem.scale)
         out, lse = merge(out, lse + weight, value, own)
         out = out.to(value.dtype)
         ctx.save_for_backward(query, key, value, out, lse, weight)
@@ -146,7 +146,7 @@ class _AttendToMet(torch.autograd.Function):
         query, key, value, out, lse, weight = ctx.saved_tensors
         (grad,) = grads
         scale = ctx.problem.scale
-        own = (_own_logit(query, key, scale) - lse).exp().unsqueeze(-1)  # the weight of oneself
+        own = (own_logit(query, key, scale) - lse).exp().unsqueeze(-1)  # the weight of oneself
         to_own = own * (grad.to(own.dtype) * (value - out)).sum(dim=-1, keepdim=True) * scale
         totals = [to_own * key, to_own * query, own * grad]
         for part in ctx.rounds:
@@ -155,7 +155,8 @@ class _AttendToMet(torch.autograd.Function):
         return *(total.to(query.dtype) for total in totals), None, None, None, None
 
 
-def _own_logit(query: Tensor, key: Tensor, scale: float) -> Float[Tensor, "n h"]:
+def own_logit(query: Tensor, key: Tensor, scale: float) -> Float[Tensor, "n h"]:
+    """The logit of each token with itself, in at least fp32."""
     return (query.to(_wide(query)) * key).sum(dim=-1) * scale
 
 
@@ -174,7 +175,7 @@ def _attend_with_dropout(
         return backend.attend(query, key, value, part, problem, None)
 
     out, lse, kappa = _merge_rounds(attend, (query, key, value), rounds, problem)
-    own = _own_logit(query, key, problem.scale)
+    own = own_logit(query, key, problem.scale)
     kept = F.dropout(torch.ones_like(own), problem.dropout_p).unsqueeze(-1)
     out, _ = merge(out, lse + (debias * kappa.unsqueeze(1)).to(lse.dtype), kept * value, own)
     return out.to(value.dtype)

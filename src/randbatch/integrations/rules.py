@@ -115,7 +115,8 @@ class RandomBatches:
         """Any function over sets, `[M, P, C] -> [M, P, C']`, inside the batches; several rounds are averaged.
 
         Args:
-            function: gets whole batches of equal size, never padding or a mask.
+            function: gets whole batches of equal size, never padding or a mask. It depends on nothing to be
+                differentiated by but its argument and the parameters of the module.
             x: flat tokens `[N, C]` or padded sets `[B, N, C]`.
             mask: bool `[B, N]`, True = token, for padded sets.
             batch: integers `[N]`, the graph of each token, for flat tokens.
@@ -124,7 +125,15 @@ class RandomBatches:
             `[N, C']` or `[B, N, C']`; zeros where there is no token.
         """
         sampling: Any = self._module.sampling
-        return apply_in_batches(sampling, self._module.training, function, x, mask, batch)
+        return apply_in_batches(
+            sampling,
+            self._module.training,
+            function,
+            x,
+            mask,
+            batch,
+            parameters=lambda: list(self._module.parameters()),
+        )
 
 
 _RULES: dict[type[nn.Module], Rule] = {}

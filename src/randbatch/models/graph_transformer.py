@@ -36,6 +36,7 @@ class _LayerOptions:
     order: str
     dropout: float
     attention_dropout: float
+    chunk_batches: int | Literal["auto"] | None
 
 
 def _make_attention(options: _LayerOptions, seed: int) -> RandomBatchAttention | None:
@@ -53,6 +54,7 @@ def _make_attention(options: _LayerOptions, seed: int) -> RandomBatchAttention |
         eval_rounds=options.eval_rounds if random else None,
         interaction="linear" if options.attention == "linear" else "softmax",
         seed=seed,
+        chunk_batches=options.chunk_batches if random else None,
     )
 
 
@@ -114,6 +116,8 @@ class GraphTransformer(nn.Module):
         dropout: after each branch and inside the MLP. Default: 0.
         input_dropout: on the input features. Default: 0.
         attention_dropout: on attention weights. Default: 0.
+        chunk_batches: random batches at a time, computed again in backward, which saves memory; an int or `"auto"`.
+            Default: None, all at once.
         seed: the partitions of eval; each layer derives its own. Default: 0.
 
     Raises:
@@ -146,6 +150,7 @@ class GraphTransformer(nn.Module):
         dropout: float = 0.0,
         input_dropout: float = 0.0,
         attention_dropout: float = 0.0,
+        chunk_batches: int | Literal["auto"] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -162,7 +167,7 @@ class GraphTransformer(nn.Module):
         check_probability("input_dropout", input_dropout)
         options = _LayerOptions(
             channels, heads, local, attention, batch_size, estimator, rounds, eval_rounds, order, dropout,
-            attention_dropout,
+            attention_dropout, chunk_batches,
         )  # fmt: skip
         self.local = local
         self.level = level

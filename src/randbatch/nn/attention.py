@@ -6,7 +6,7 @@ Shape letters: N tokens, C channels, H heads, D = C / H head size, B padded sets
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,11 @@ from torch import Tensor
 from randbatch._checks import check_choice, check_integer, check_probability
 from randbatch._shapes import Float, Int
 from randbatch.estimators import pick_estimator
+from randbatch.estimators.in_pieces import Pipeline, estimate_in_pieces
 from randbatch.interactions import INTERACTIONS, Options
 from randbatch.nn._sets import PaddedSets, kept_where_zero
 from randbatch.nn.sampling import Sampling, attend_in_batches
+from randbatch.orthogonal import Rounds
 from randbatch.partition import Partition
 
 __all__ = ["RandomBatchAttention", "no_fast_path"]
@@ -47,6 +49,10 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
         backend: the backend of the softmax interaction. Default: the first that can.
         seed: the partitions of eval. Give each layer of a stack its own: layers that share their batches do not mix
             what the batches know. Default: 0.
+        chunk_batches: batches at a time, projected, attended and projected again, and all that once more in backward:
+            memory is that of input, output, their gradients and one piece, whatever p; several rounds also keep what is
+            attended. `"auto"`: as many as fit into free memory, and no more than are of use. Not for the estimator
+            `"corrected"`. Default: None, all at once.
         batch_first: whether padded sets are `[B, N, C]` (True, the default) or `[N, B, C]`.
         device: where the parameters live.
         dtype: the parameters' floating dtype.
@@ -79,6 +85,7 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
         interaction: str = "softmax",
         backend: str = "auto",
         seed: int = 0,
+        chunk_batches: int | Literal["auto"] | None = None,
         batch_first: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -90,7 +97,7 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
         check_probability("dropout", dropout)
         super().__init__(embed_dim, num_heads, dropout, bias, batch_first=batch_first, device=device, dtype=dtype)
         self.interaction = check_choice("interaction", interaction, INTERACTIONS)
-        self.sampling = Sampling(batch_size, estimator, rounds, eval_rounds, backend, seed)
+        self.sampling = Sampling(batch_size, estimator, rounds, eval_rounds, backend, seed, chunk_batches=chunk_batches)
         # TransformerEncoderLayer's fast path reads the weights and never calls forward; a hook turns it off.
         self.register_forward_pre_hook(no_fast_path)
 
@@ -196,6 +203,8 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
             return self.out_proj(out.flatten(1))
         rounds = sampling.draw(query.shape[0], self.training, batch=batch, device=query.device)
         options = Options(None, self.dropout if self.training else 0.0, sampling.backend)
+        if sampling.chunk_batches is not None:
+            return self._attend_in_pieces(query, key, value, rounds, options)
         attend = pick_estimator(sampling.estimator)
         if isinstance(rounds, Partition):
             # Moving the C channels before the projection costs a third of moving query, key and value after it.
@@ -205,6 +214,24 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
             q, k, v = self._project(query, key, value)
             out = attend(q, k, v, rounds, self.interaction, options)
         return self.out_proj(out.flatten(1))
+
+    def _attend_in_pieces(
+        self, query: Tensor, key: Tensor, value: Tensor, rounds: Rounds, options: Options
+    ) -> Float[Tensor, "n c"]:
+        """With both projections inside each piece; what is one tensor is gathered and projected as one."""
+        distinct = list({id(x): x for x in (query, key, value)}.values())
+        where = [next(i for i, x in enumerate(distinct) if x is y) for y in (query, key, value)]
+        pipeline = Pipeline(
+            distinct,
+            numbers=(len(distinct) + 5) * self.embed_dim,
+            project=lambda *rows: self._project(*(rows[i] for i in where)),
+            finish=lambda out: self.out_proj(out.flatten(1)),
+            parameters=lambda: list(self.parameters()),
+        )
+        sampling = self.sampling
+        return estimate_in_pieces(
+            pipeline, rounds, sampling.estimator, self.interaction, options, sampling.chunk_batches, self.num_heads
+        )
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """`[N, C]` each to query, key, value `[N, H, D]`; one product where all three are one tensor."""

@@ -5,21 +5,30 @@ Shape letters: N tokens, B padded sets, H heads, D head size of query and key, D
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from randbatch._checks import check_batch_vector, check_choice, check_integer, check_positive, check_qkv
+from randbatch._checks import (
+    check_batch_vector,
+    check_choice,
+    check_chunk_batches,
+    check_integer,
+    check_positive,
+    check_qkv,
+)
 from randbatch._shapes import Bool, Int, Shaped
 from randbatch.estimators import ESTIMATORS
+from randbatch.estimators.in_pieces import check_streams
 from randbatch.functional import estimate, full_attention
 from randbatch.interactions import Options
 from randbatch.kernels import BACKENDS
 from randbatch.nn._sets import PaddedSets
 from randbatch.orthogonal import Rounds, draw_rounds
 from randbatch.partition import Partition, fold_seed, random_partition
+from randbatch.streaming import ChunkBatches, no_parameters, stream
 from randbatch.tolerance import RoundsChoice, choose_rounds
 
 __all__ = ["Sampling", "apply_in_batches", "attend_in_batches", "set_inference"]
@@ -44,6 +53,8 @@ class Sampling:
         exact_eval: in eval, one batch holds each whole set: no sampling at all.
         tolerance: in eval, as many rounds as keep the relative error of this module's attention below it (see
             `choose_rounds`), instead of `eval_rounds`; for softmax attention only.
+        chunk_batches: batches at a time, computed again in backward; `"auto"`: as many as fit into free memory.
+            Default: None, all at once. Not for the estimator `"corrected"`.
 
     Attributes:
         chosen: what `tolerance` led to in the last call.
@@ -62,6 +73,7 @@ class Sampling:
     seed: int = 0
     exact_eval: bool = False
     tolerance: float | None = None
+    chunk_batches: ChunkBatches = None
     chosen: RoundsChoice | None = field(default=None, init=False, repr=False, compare=False)
     observer: Observer | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -75,6 +87,8 @@ class Sampling:
         check_integer("seed", self.seed)
         if self.tolerance is not None:
             check_positive("tolerance", self.tolerance)
+        check_chunk_batches(self.chunk_batches)
+        check_streams(self.chunk_batches, self.estimator)
 
     def wants_tokens(self, training: bool) -> bool:
         """Whether query, key and value must be there, in token order, before partitions are drawn."""
@@ -111,6 +125,7 @@ class Sampling:
         rounds = f"{self.rounds}" if self.eval_rounds is None else f"{self.rounds}, eval_rounds={self.eval_rounds}"
         more = ", exact_eval=True" if self.exact_eval else ""
         more += "" if self.tolerance is None else f", tolerance={self.tolerance}"
+        more += "" if self.chunk_batches is None else f", chunk_batches={self.chunk_batches!r}"
         return f"batch_size={self.batch_size}, estimator={self.estimator!r}, rounds={rounds}, seed={self.seed}{more}"
 
 
@@ -155,7 +170,7 @@ def attend_in_batches(
         )
         rounds = draw_rounds(query.shape[0], p, sampling.chosen.rounds, batch=batch, seed=seed, device=device)
     options = Options(scale, dropout_p if training else 0.0, sampling.backend)
-    return estimate(query, key, value, rounds, sampling.estimator, "softmax", options)
+    return estimate(query, key, value, rounds, sampling.estimator, "softmax", options, sampling.chunk_batches)
 
 
 def apply_in_batches(
@@ -165,11 +180,13 @@ def apply_in_batches(
     x: Shaped[Tensor, "n c"] | Shaped[Tensor, "b n c"],
     mask: Bool[Tensor, "b n"] | None = None,
     batch: Int[Tensor, " n"] | None = None,
+    parameters: Callable[[], Sequence[Tensor]] = no_parameters,
 ) -> Tensor:
     """A function over sets, `[M, P, C] -> [M, P, C']`, inside random batches; several rounds are averaged.
 
     It gets whole batches of equal size, never padding. `x` is flat tokens `[N, C]` with `batch`, or padded sets
-    `[B, N, C]` with `mask` (True = token); rows without a token come back as zeros.
+    `[B, N, C]` with `mask` (True = token); rows without a token come back as zeros. `parameters` says by what to
+    differentiate beside `x`, where batches are computed in pieces.
     """
     if x.dim() == 3:
         if batch is not None:
@@ -177,19 +194,37 @@ def apply_in_batches(
         if mask is not None and mask.dtype != torch.bool:
             raise TypeError(f"mask must be bool, got {mask.dtype}")
         sets = PaddedSets.of(x, mask, "mask")
-        return sets.restore(apply_in_batches(sampling, training, function, sets.flatten(x), batch=sets.batch))
+        flat = sets.flatten(x)
+        return sets.restore(
+            apply_in_batches(sampling, training, function, flat, batch=sets.batch, parameters=parameters)
+        )
     if x.dim() != 2:
         raise ValueError(f"x must be [N, C] or [B, N, C], got {list(x.shape)}")
     if mask is not None:
         raise ValueError("mask is for padded sets [B, N, C]; flat tokens [N, C] take batch")
+    chunk = sampling.chunk_batches
+    if chunk == "auto":
+        raise ValueError("chunk_batches must be an int or None here: what any function needs of memory is not known")
+
+    def apply(part: Partition) -> Tensor:
+        if chunk is None:
+            return _apply(function, x, part)
+
+        def of_piece(piece: Partition, rows: Tensor) -> Tensor:
+            return _apply(function, rows, piece)
+
+        return stream(of_piece, part, [x], chunk, parameters)
+
     rounds = sampling.draw(x.shape[0], training, batch=batch, device=x.device)
     if isinstance(rounds, Partition):
-        return _apply(function, x, rounds)
+        return apply(rounds)
     # Outputs are averaged, not merged: whole batches of p each time serve that better than smaller orthogonal ones.
     seeds = (fold_seed(rounds.seed, position) for position in range(rounds.rounds))
     parts = (random_partition(x.shape[0], rounds.batch_size, batch=batch, seed=s, device=x.device) for s in seeds)
-    outs = [_apply(function, x, part) for part in parts]
-    return sum(outs[1:], outs[0]) / len(outs)
+    total = apply(next(parts))
+    for part in parts:
+        total = total + apply(part)
+    return total / rounds.rounds
 
 
 def _apply(function: Callable[[Tensor], Tensor], x: Tensor, part: Partition) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from randbatch._checks import check_integer
 from randbatch._shapes import Bool, Float, Int
 from randbatch.nn.sampling import Sampling, apply_in_batches
 
@@ -29,10 +30,13 @@ class RandomBatch(torch.nn.Module):
             denominators leaves nothing else to merge. Default: 1.
         eval_rounds: R in eval. Default: the same as `rounds`.
         seed: the partitions of eval. Give each layer of a stack its own. Default: 0.
+        chunk_batches: batches at a time, computed again in backward: memory is that of input, output, their gradients
+            and one piece. The module is called once for each piece (so batch norms see pieces, and update twice).
+            Default: None, all at once.
 
     Raises:
-        TypeError: `module` is not a module or `batch_size` not an int.
-        ValueError: `batch_size` < 2.
+        TypeError: `module` is not a module, or `batch_size` or `chunk_batches` not an int.
+        ValueError: `batch_size` < 2 or `chunk_batches` < 1.
 
     Example:
         >>> layer = torch.nn.TransformerEncoderLayer(32, 4, batch_first=True)
@@ -48,12 +52,15 @@ class RandomBatch(torch.nn.Module):
         rounds: int = 1,
         eval_rounds: int | None = None,
         seed: int = 0,
+        chunk_batches: int | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(module, torch.nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
         self.module = module
         self.sampling = Sampling(batch_size, rounds=rounds, eval_rounds=eval_rounds, seed=seed)
+        if chunk_batches is not None:
+            self.sampling.chunk_batches = check_integer("chunk_batches", chunk_batches, 1)
 
     def forward(
         self,
@@ -76,7 +83,9 @@ class RandomBatch(torch.nn.Module):
             TypeError: `mask` is not bool or `batch` not an integer vector.
             ValueError: shapes that do not fit, or an output of the module that is not `[B, N, C']`.
         """
-        return apply_in_batches(self.sampling, self.training, self.module, x, mask, batch)
+        return apply_in_batches(
+            self.sampling, self.training, self.module, x, mask, batch, parameters=lambda: list(self.module.parameters())
+        )
 
     def extra_repr(self) -> str:
         """What `print(module)` shows."""

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from randbatch._checks import check_choice, check_integer, check_probability
+from randbatch._checks import check_choice, check_chunk_batches, check_integer, check_probability
 
 __all__ = ["PRESETS", "Attention", "RunConfig", "Settings", "SweepConfig", "preset"]
 
@@ -33,6 +33,8 @@ class Settings:
     """Partitions per layer and step, of `rba`; time is proportional to it."""
     eval_rounds: int | None = None
     """The same in evaluation. Default: as in training."""
+    chunk_batches: int | Literal["auto"] | None = None
+    """Random batches at a time, computed again in backward, which saves memory. Default: all at once."""
     epochs: int = 200
     """Passes over the training graphs."""
     lr: float = 1e-3
@@ -70,6 +72,9 @@ class Settings:
             check_integer(name, getattr(self, name), 1)
         check_integer("batch_size", self.batch_size, 2)
         check_integer("layers", self.layers, 0)
+        check_chunk_batches(self.chunk_batches)
+        if self.chunk_batches is not None and self.estimator == "corrected":
+            raise ValueError("chunk_batches must be left out with estimator 'corrected', which has no pieces")
         if self.eval_rounds is not None:
             check_integer("eval_rounds", self.eval_rounds, 1)
         if self.hidden % self.heads:

@@ -61,6 +61,7 @@ class Trainer:
             dropout=config.dropout,
             input_dropout=config.input_dropout,
             attention_dropout=config.attention_dropout if config.attention in ("rba", "full") else 0.0,
+            chunk_batches=config.chunk_batches,
             seed=config.seed,
         ).to(self.device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)

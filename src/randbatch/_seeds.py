@@ -1,0 +1,58 @@
+"""Seeds, and the hash of token numbers that a partition is sorted by."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from randbatch._shapes import Int
+
+__all__ = ["draw_seed", "fold_seed", "random_keys"]
+
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the stride of splitmix64's counter
+_MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))  # splitmix64's shifts and multipliers
+_LAST_SHIFT = 31
+_WORD = 1 << 64
+
+
+def _mix(word: int) -> int:
+    """Splitmix64's finalizer on a Python int: a bijection of 64-bit words whose output bits look independent."""
+    for shift, factor in _MIX:
+        word = ((word ^ (word >> shift)) * factor) % _WORD
+    return word ^ (word >> _LAST_SHIFT)
+
+
+def _signed(word: int) -> int:
+    return word - _WORD if word >= _WORD // 2 else word
+
+
+def fold_seed(seed: int, position: int) -> int:
+    """A seed for the `position`-th draw that belongs to `seed` (a round, a layer), unrelated to its neighbours.
+
+    >>> fold_seed(0, 0) != fold_seed(0, 1)
+    True
+    """
+    return _mix((_mix(seed % _WORD) + (position + 1) * _GOLDEN) % _WORD) >> 1
+
+
+def draw_seed() -> int:
+    """A fresh seed from torch's default CPU generator.
+
+    The default generator is what `torch.manual_seed` sets and what activation checkpointing replays; a private
+    generator would not be replayed, and gradients would be silently wrong.
+    """
+    return int(torch.randint(0, 2**63 - 1, (), device="cpu").item())
+
+
+def random_keys(num_tokens: int, seed: int, device: torch.device) -> Int[Tensor, " n"]:
+    """Hash token numbers to int64 keys in [0, 2^63): splitmix64 started at the hashed seed."""
+
+    def xor_shift(keys: Tensor, shift: int) -> Tensor:
+        # torch shifts int64 arithmetically; the mask makes the shift logical
+        return keys.bitwise_xor_((keys >> shift).bitwise_and_((1 << (64 - shift)) - 1))
+
+    keys = torch.arange(num_tokens, dtype=torch.int64, device=device)
+    keys.mul_(_signed(_GOLDEN)).add_(_signed(_mix(seed % _WORD)))  # int64 arithmetic wraps, on every device
+    for shift, factor in _MIX:
+        xor_shift(keys, shift).mul_(_signed(factor))
+    return xor_shift(keys, _LAST_SHIFT).bitwise_and_((1 << 63) - 1)

@@ -1,0 +1,228 @@
+"""A few random batches at a time, computed again in backward: memory is that of one piece, whatever N and p.
+
+Batches are independent, and a piece of them is a contiguous range of batch order. Its rows are gathered, computed and
+written to their place; nothing of it is kept. In backward the same is done once more, with the gradient. The gather and
+the scatter are inside the piece, so that no permuted copy of all tokens is ever made.
+
+`torch.utils.checkpoint` around each piece would not do: the backward of a gather of some rows is as large as all
+tokens, once for each piece.
+
+Shape letters: N tokens, n tokens of a piece, M batches, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+from randbatch._memory import free_bytes
+from randbatch._rows import take_rows
+from randbatch._shapes import Int
+from randbatch.partition import Partition
+
+__all__ = ["ChunkBatches", "Gradients", "Replay", "no_parameters", "piece_size", "stream"]
+
+ChunkBatches = int | Literal["auto"] | None
+"""Batches at a time; `"auto"` as many as fit; None all at once, without recomputation."""
+
+_ENOUGH = {"cpu": 2**25}  # bytes of a piece: larger ones are not faster, and on a CPU they fall out of its cache
+_ENOUGH_ELSEWHERE = 2**29
+_SHARE = 0.5  # of the free memory, for an estimate that knows nothing of the allocator
+
+
+def piece_size(chunk_batches: int | Literal["auto"], part: Partition, bytes_per_token: int) -> int:
+    """How many batches are computed at a time: what is asked for, or for `"auto"` as many as fit into free memory.
+
+    A piece grows to 32 MiB on a CPU and to 512 MiB elsewhere, if half of the free memory is as much: more would not
+    make it faster.
+    """
+    if isinstance(chunk_batches, int):
+        return chunk_batches
+    device = part.order.device
+    room = min(_SHARE * free_bytes(device), _ENOUGH.get(device.type, _ENOUGH_ELSEWHERE))
+    return max(1, int(room / (bytes_per_token * max(part.num_slots, 1))))
+
+
+def no_parameters() -> Sequence[Tensor]:
+    """For a function that depends on its arguments alone."""
+    return ()
+
+
+@dataclass
+class Replay:
+    """The random state and the autocast of a forward pass, so that backward can do the same again."""
+
+    tensors: Sequence[Tensor]
+    _state: Tensor = field(init=False)
+    _of_devices: tuple[Any, Any] = field(init=False)
+    _autocast: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        kind = self.tensors[0].device.type
+        self._state = torch.get_rng_state()
+        self._of_devices = get_device_states(*self.tensors)
+        # no cache: what autocast casts without a gradient here would be used where one is needed
+        self._autocast = {
+            "device_type": kind,
+            "enabled": torch.is_autocast_enabled(kind),
+            "dtype": torch.get_autocast_dtype(kind),
+            "cache_enabled": False,
+        }
+        self.tensors = ()
+
+    @contextmanager
+    def first(self) -> Generator[None, None, None]:
+        """Around the forward pass."""
+        with torch.autocast(**self._autocast):
+            yield
+
+    @contextmanager
+    def again(self) -> Generator[None, None, None]:
+        """Around the backward pass."""
+        devices, states = self._of_devices
+        kind = self._autocast["device_type"]
+        with (
+            torch.random.fork_rng(devices, device_type="cuda" if kind == "cpu" else kind),
+            torch.autocast(**self._autocast),
+        ):
+            torch.set_rng_state(self._state)
+            set_device_states(devices, states, device_type=kind)
+            yield
+
+
+class Gradients:
+    """The gradients of tokens and of parameters, added up piece by piece."""
+
+    def __init__(self, tensors: Sequence[Tensor], parameters: Sequence[Tensor], needed: Sequence[bool]) -> None:
+        self._tensors = tensors
+        self._of_tokens = needed[: len(tensors)]
+        self._parameters = [x for x, need in zip(parameters, needed[len(tensors) :], strict=True) if need]
+        self._needed = needed
+        everything = [*tensors, *parameters]
+        # a parameter's gradient has as many terms as there are pieces: it is added up in at least fp32
+        self._totals = [
+            torch.zeros_like(x, dtype=x.dtype if i < len(tensors) else torch.promote_types(x.dtype, torch.float32))
+            if need
+            else None
+            for i, (x, need) in enumerate(zip(everything, needed, strict=True))
+        ]
+        self._dtypes = [x.dtype for x in everything]
+
+    def rows(self, rows: Int[Tensor, " n"]) -> list[Tensor]:
+        """The tokens of a piece, to be differentiated by."""
+        taken = [take_rows(x, rows) for x in self._tensors]
+        return [x.requires_grad_() if need else x for x, need in zip(taken, self._of_tokens, strict=True)]
+
+    def add(
+        self, rows: Int[Tensor, " n"], inputs: Sequence[Tensor], outputs: Sequence[Tensor], grads: Sequence[Tensor]
+    ) -> None:
+        """Pull `grads` back from `outputs` to the tokens `rows`, which were `inputs`, and to the parameters."""
+        known = [(x, g) for x, g in zip(outputs, grads, strict=True) if x.requires_grad]
+        if not known:
+            return
+        wanted = [x for x, need in zip(inputs, self._of_tokens, strict=True) if need]
+        found = iter(
+            torch.autograd.grad(
+                [x for x, _ in known], [*wanted, *self._parameters], [g for _, g in known], allow_unused=True
+            )
+        )
+        for position, total in enumerate(self._totals):
+            more = None if total is None else next(found)
+            if total is None or more is None:
+                continue
+            if position < len(self._tensors):
+                total.index_add_(0, rows, more)
+            else:
+                total.add_(more)
+
+    def all(self) -> list[Tensor | None]:
+        """In the order of tokens and parameters, None where none was needed."""
+        pairs = zip(self._totals, self._dtypes, strict=True)
+        return [None if total is None else total.to(dtype) for total, dtype in pairs]
+
+
+def check_unchanged(now: Iterable[Tensor], then: Sequence[Tensor]) -> None:
+    """The parameters that backward meets must be those of forward, or their gradient would be lost without a word."""
+    now = list(now)
+    if len(now) != len(then) or any(a is not b for a, b in zip(now, then, strict=True)):
+        raise RuntimeError(
+            "chunk_batches computes a module again in backward, but its parameters are others by now (by "
+            "torch.func.functional_call?): set chunk_batches to None there"
+        )
+
+
+@dataclass
+class _Pieces:
+    """What is computed piece by piece."""
+
+    function: Callable[..., Tensor]
+    part: Partition
+    chunk_batches: int
+    parameters: Callable[[], Sequence[Tensor]]
+    num_tensors: int
+    replay: Replay
+
+
+class _Stream(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, job: _Pieces, *saved: Tensor) -> Tensor:
+        tensors = saved[: job.num_tensors]
+        out: Tensor | None = None
+        with job.replay.first():
+            for rows, piece in job.part.chunks(job.chunk_batches):
+                more = job.function(piece, *(take_rows(x, rows) for x in tensors))
+                if out is None:
+                    out = more.new_empty(job.part.num_tokens, *more.shape[1:])
+                out.index_copy_(0, rows, more)
+        assert out is not None  # there is at least one batch
+        ctx.save_for_backward(*saved)
+        ctx.job = job
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        job: _Pieces = ctx.job
+        tensors, parameters = ctx.saved_tensors[: job.num_tensors], ctx.saved_tensors[job.num_tensors :]
+        check_unchanged(job.parameters(), parameters)
+        totals = Gradients(tensors, parameters, ctx.needs_input_grad[1:])
+        with job.replay.again():
+            for rows, piece in job.part.chunks(job.chunk_batches):
+                with torch.enable_grad():
+                    inputs = totals.rows(rows)
+                    out = job.function(piece, *inputs)
+                totals.add(rows, inputs, [out], [take_rows(grads[0], rows)])
+        return None, *totals.all()
+
+
+def stream(
+    function: Callable[..., Tensor],
+    part: Partition,
+    tensors: Sequence[Tensor],
+    chunk_batches: int,
+    parameters: Callable[[], Sequence[Tensor]] = no_parameters,
+) -> Tensor:
+    """`function(piece, *rows)` for a few batches at a time, in place of `function(part, *tensors)` for all of them.
+
+    Args:
+        function: from the partition of a piece and the rows `[n, …]` of its tokens, in its order, to `[n, …]`.
+        part: the batches.
+        tensors: `[N, …]` each, in token order.
+        chunk_batches: batches in a piece.
+        parameters: says by which other tensors to differentiate; `function` reads them where they are.
+
+    Returns:
+        `[N, …]`, in token order. What is random in `function` is the same again in backward.
+    """
+    if part.num_tokens == 0:
+        return function(part, *tensors)
+    job = _Pieces(function, part, chunk_batches, parameters, len(tensors), Replay(tensors))
+    out: Any = _Stream.apply(job, *tensors, *parameters())
+    return out
