@@ -1,8 +1,8 @@
 """Peak memory of a layer's training step in pieces, above its input, its output and their gradients.
 
 Run `python benchmarks/streaming_memory.py`. Each case is a process of its own. The baseline holds the same four tensors
-`[N, C]`, every page of them written, and has run the layer on a few tokens, so that libraries and the buffers of kernels
-are there. Then the two that the step makes itself (output and gradient of the input) are freed, their pages go back to
+`[N, C]`, every page of them written, and has run the layer on a few tokens, so that libraries and kernels have their
+buffers. Then the two that the step makes itself (output and gradient of the input) are freed, their pages go back to
 the system, and the step runs: what the peak resident memory of the process (`ru_maxrss`, which never falls) is above
 the baseline is what the step needed beside the four.
 """

@@ -21,6 +21,7 @@ from torch import Tensor
 from randbatch._checks import check_batch_vector, check_integer
 from randbatch._shapes import Int
 from randbatch.partition import Partition, by_size, draw_seed, random_partition, shuffle_sets
+from randbatch.tracing import traced_partition
 
 __all__ = [
     "OrthogonalRounds",
@@ -126,6 +127,10 @@ def draw_rounds(
 ) -> Rounds:
     """One random partition, or R orthogonal rounds; `seed=None` draws a seed from torch's default generator."""
     check_integer("rounds", rounds, 1)
+    if seed is None and rounds == 1 and batch is None and num_tokens <= batch_size:
+        seed = 0  # one batch: nothing to draw
+    if rounds == 1 and torch.compiler.is_compiling():
+        return traced_partition(num_tokens, batch_size, batch, seed, device)
     seed = draw_seed() if seed is None else seed
     if rounds == 1:
         return random_partition(num_tokens, batch_size, batch=batch, seed=seed, device=device)

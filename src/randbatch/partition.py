@@ -22,7 +22,16 @@ from randbatch._rows import permute
 from randbatch._seeds import draw_seed, fold_seed, random_keys
 from randbatch._shapes import Bool, Int, Shaped
 
-__all__ = ["Partition", "by_size", "draw_seed", "fold_seed", "random_partition", "random_subsets", "shuffle_sets"]
+__all__ = [
+    "Partition",
+    "balanced_groups",
+    "by_size",
+    "draw_seed",
+    "fold_seed",
+    "random_partition",
+    "random_subsets",
+    "shuffle_sets",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +95,9 @@ class Partition:
     @cached_property
     def inverse(self) -> Int[Tensor, " n"]:
         """int64 `[N]`: the position of each token in batch order."""
+        return self._invert()
+
+    def _invert(self) -> Tensor:
         positions = torch.arange(self.num_tokens, device=self.order.device)
         return torch.empty_like(self.order).index_copy_(0, self.order, positions)
 
@@ -109,11 +121,15 @@ class Partition:
 
     def pack(self, x: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "n ..."]:
         """Token order `[N, …]` to batch order `[N, …]`."""
-        return x if self.in_order else permute(x, self.order, self.inverse)
+        return x if self.in_order else permute(x, self.order, self._traced_inverse())
 
     def unpack(self, packed: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "n ..."]:
         """Batch order `[N, …]` to token order `[N, …]`."""
-        return packed if self.in_order else permute(packed, self.inverse, self.order)
+        return packed if self.in_order else permute(packed, self._traced_inverse(), self.order)
+
+    def _traced_inverse(self) -> Tensor:
+        # a cached property holds a lock, which `torch.compile` does not trace; it finds equal results by itself
+        return self._invert() if torch.compiler.is_compiling() else self.inverse
 
     def split(self, packed: Shaped[Tensor, "n ..."]) -> list[Tensor]:
         """Cut batch order `[N, …]` into one view `[rows, width, …]` per batch size: whole batches, no padding."""
@@ -213,12 +229,13 @@ def _some_groups(groups: tuple[tuple[int, int], ...], first: int, stop: int) -> 
     return tuple(some)
 
 
-def _balanced_groups(num_tokens: int, batch_size: int) -> tuple[tuple[int, int], ...]:
+def balanced_groups(num_tokens: int, batch_size: int) -> tuple[tuple[int, int], ...]:
     """M = ceil(N / p) batches whose sizes differ by at most one, as `((rows, width), …)`, widest first."""
     num_batches = -(-num_tokens // batch_size)
     if num_batches == 0:
         return ()
-    width, wider = divmod(num_tokens, num_batches)
+    width = num_tokens // num_batches  # not divmod, which is not traced where N is a symbol
+    wider = num_tokens - width * num_batches
     groups = ((wider, width + 1), (num_batches - wider, width))
     return tuple((rows, width) for rows, width in groups if rows)
 
@@ -308,12 +325,12 @@ def random_partition(
         check_batch_vector(batch, num_tokens, batch.device)
         batch = batch.to(target)
     if batch is None and num_tokens <= batch_size:  # one batch: nothing to draw
-        groups = _balanced_groups(num_tokens, batch_size)
+        groups = balanced_groups(num_tokens, batch_size)
         return Partition(torch.arange(num_tokens, device=target), groups, in_order=True)
     order, counts = shuffle_sets(num_tokens, batch, seed, target)
     if batch is not None:
         return _partition_sets(order, counts, batch_size)
-    return Partition(order, _balanced_groups(num_tokens, batch_size))
+    return Partition(order, balanced_groups(num_tokens, batch_size))
 
 
 def random_subsets(

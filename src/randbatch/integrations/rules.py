@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from randbatch._shapes import Bool, Int, Shaped
+from randbatch.nn.opaque import attend_opaquely, is_opaque
 from randbatch.nn.sampling import Sampling, apply_in_batches, attend_in_batches
 
 __all__ = [
@@ -100,7 +101,9 @@ class RandomBatches:
             The shape of `value`; zeros where there is no token.
         """
         sampling: Any = self._module.sampling
-        return attend_in_batches(
+        several_sets = mask is not None or batch is not None or (query.dim() == 4 and query.shape[0] > 1)
+        opaque = is_opaque(sampling, self._module.training, several_sets=several_sets)
+        return (attend_opaquely if opaque else attend_in_batches)(
             sampling, self._module.training, query, key, value, mask=mask, batch=batch, scale=scale, dropout_p=dropout_p
         )
 

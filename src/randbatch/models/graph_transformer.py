@@ -177,9 +177,14 @@ class GraphTransformer(nn.Module):
         self.norm = nn.LayerNorm(channels)
         self.head = nn.Linear(channels, out_channels)
 
-    def prepare_edges(self, edge_index: Int[Tensor, "2 e"], num_nodes: int) -> tuple[Tensor, ...]:
-        """The edges in the form that `forward` runs fastest on; do it once for a graph that is used often."""
-        return prepare_edges(self.local, edge_index, num_nodes, self.head.weight.dtype)
+    def prepare_edges(
+        self, edge_index: Int[Tensor, "2 e"], num_nodes: int, *, sparse: bool = True
+    ) -> tuple[Tensor, ...]:
+        """The edges in the form that `forward` runs fastest on; do it once for a graph that is used often.
+
+        `torch.compile` takes no sparse matrix: for a compiled model say `sparse=False`, which keeps a message per edge.
+        """
+        return prepare_edges(self.local, edge_index, num_nodes, self.head.weight.dtype, sparse=sparse)
 
     def forward(
         self,

@@ -41,20 +41,26 @@ def check_edges(edge_index: Tensor, num_nodes: int) -> None:
         raise TypeError(f"edge_index must be int64, got {edge_index.dtype}")
     if edge_index.dim() != 2 or edge_index.shape[0] != 2:
         raise ValueError(f"edge_index must have shape [2, E], got {list(edge_index.shape)}")
-    if edge_index.numel():
+    if edge_index.numel() and not torch.compiler.is_compiling():
         low, high = (int(end) for end in torch.aminmax(edge_index))
         if low < 0 or high >= num_nodes:
             raise ValueError(f"edge_index must hold nodes 0 to {num_nodes - 1}, got {low if low < 0 else high}")
 
 
 def prepare_edges(
-    name: str, edge_index: Int[Tensor, "2 e"], num_nodes: int, dtype: torch.dtype = torch.float32
+    name: str,
+    edge_index: Int[Tensor, "2 e"],
+    num_nodes: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    sparse: bool = True,
 ) -> tuple[Tensor, ...]:
     """What the convolution called `name` takes beside the features, in the form it runs fastest on.
 
     gcn, sage and gin multiply by a sparse CSR matrix `[N, N]` (row = target), which never stores a message per edge;
     an edge that is listed twice counts once. gcn's edges are normalised and have self-loops. gat weighs each edge, so
-    it keeps `[2, E]`. So do all of them on a CPU build of torch without MKL, which has no sparse product.
+    it keeps `[2, E]`. So do all of them if not `sparse`, for `torch.compile`, and on a CPU build of torch without MKL,
+    which has no sparse product.
     """
     check_choice("local", name, CONVOLUTIONS)
     check_edges(edge_index, num_nodes)
@@ -64,10 +70,11 @@ def prepare_edges(
     if name == "gcn":
         norm = require("torch_geometric.nn.conv.gcn_conv").gcn_norm
         edge_index, weight = norm(edge_index, None, num_nodes, add_self_loops=True, dtype=dtype)
-    if not (edge_index.is_cuda or torch.backends.mkl.is_available()):
-        return (edge_index,) if weight is None else (edge_index, weight)
     if weight is None:
         edge_index = require("torch_geometric.utils").coalesce(edge_index, num_nodes=num_nodes)
+    if not (sparse and (edge_index.is_cuda or torch.backends.mkl.is_available())):
+        return (edge_index,) if weight is None else (edge_index, weight)
+    if weight is None:
         weight = torch.ones(edge_index.shape[1], dtype=dtype, device=edge_index.device)
     with warnings.catch_warnings(), torch.sparse.check_sparse_tensor_invariants(True):
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from randbatch._checks import check_choice, check_integer, check_probability
-from randbatch._shapes import Float, Int
+from randbatch._shapes import Bool, Float, Int
 from randbatch.estimators import pick_estimator
 from randbatch.estimators.in_pieces import Pipeline, estimate_in_pieces
 from randbatch.interactions import INTERACTIONS, Options
 from randbatch.nn._sets import PaddedSets, kept_where_zero
+from randbatch.nn.opaque import attend_opaquely, is_opaque
 from randbatch.nn.sampling import Sampling, attend_in_batches
 from randbatch.orthogonal import Rounds
 from randbatch.partition import Partition
@@ -185,6 +186,10 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
             query, key, value = _map_distinct(lambda x: x.transpose(0, 1), query, key, value)
         if padding is not None:  # torch's True means no token
             padding = ~padding if padding.dtype == torch.bool else kept_where_zero(padding, "key_padding_mask")
+        several_sets = padding is not None or query.shape[0] > 1
+        if is_opaque(self.sampling, self.training, several_sets=several_sets, interaction=self.interaction):
+            out = self._attend_opaquely(query, key, value, padding, None)
+            return out if self.batch_first else out.transpose(0, 1)
         sets = PaddedSets.of(query, padding, "key_padding_mask")
         out = sets.restore(self._attend(*_map_distinct(sets.flatten, query, key, value), sets.batch))
         return out if self.batch_first else out.transpose(0, 1)
@@ -197,6 +202,8 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
         batch: Int[Tensor, " n"] | None,
     ) -> Float[Tensor, "n c"]:
         sampling = self.sampling
+        if is_opaque(sampling, self.training, several_sets=batch is not None, interaction=self.interaction):
+            return self._attend_opaquely(query, key, value, None, batch)
         if self.interaction == "softmax" and sampling.wants_tokens(self.training):
             projected = self._project(query, key, value)
             out = attend_in_batches(sampling, self.training, *projected, batch=batch, dropout_p=self.dropout)
@@ -214,6 +221,28 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
             q, k, v = self._project(query, key, value)
             out = attend(q, k, v, rounds, self.interaction, options)
         return self.out_proj(out.flatten(1))
+
+    def _attend_opaquely(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Bool[Tensor, "b n"] | None, batch: Tensor | None
+    ) -> Tensor:
+        """Between compiled projections, what `torch.compile` cannot trace. Padded rows are zero, also where NaN."""
+        if mask is not None:
+            keep = mask.unsqueeze(-1)
+            query, key, value = _map_distinct(lambda x: torch.where(keep, x, 0), query, key, value)
+        q, k, v = self._project(query, key, value)
+        out = attend_opaquely(
+            self.sampling,
+            self.training,
+            q,
+            k,
+            v,
+            mask=mask,
+            batch=batch,
+            dropout_p=self.dropout,
+            interaction=self.interaction,
+        )
+        out = self.out_proj(out.flatten(-2))
+        return out if mask is None else torch.where(mask.unsqueeze(-1), out, 0)
 
     def _attend_in_pieces(
         self, query: Tensor, key: Tensor, value: Tensor, rounds: Rounds, options: Options

@@ -140,8 +140,9 @@ def attend_in_batches(
     batch: Int[Tensor, " n"] | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    interaction: str = "softmax",
 ) -> Shaped[Tensor, "... h dv"]:
-    """Softmax attention of projected tokens, as `sampling` says; `dropout_p` counts in training only.
+    """Attention of projected tokens, as `sampling` says; `dropout_p` counts in training only.
 
     Query, key and value are flat tokens `[N, H, D]` with `batch`, or padded sets `[B, N, H, D]` with `mask`
     (True = token); rows without a token come back as zeros.
@@ -151,17 +152,20 @@ def attend_in_batches(
             raise ValueError("batch is for flat tokens [N, H, D]; padded sets [B, N, H, D] take mask")
         sets = PaddedSets.of(query, mask, "mask")
         flat = [sets.flatten(tensor) for tensor in (query, key, value)]
-        out = attend_in_batches(sampling, training, *flat, batch=sets.batch, scale=scale, dropout_p=dropout_p)
+        out = attend_in_batches(
+            sampling, training, *flat, batch=sets.batch, scale=scale, dropout_p=dropout_p, interaction=interaction
+        )
         return sets.restore(out)
     if mask is not None:
         raise ValueError("mask is for padded sets [B, N, H, D]; flat tokens [N, H, D] take batch")
-    if sampling.observer is not None:
+    softmax = interaction == "softmax"
+    if softmax and sampling.observer is not None:
         sampling.observer(query, key, value, batch, scale)
-    if sampling.exact_eval and not training:
+    if softmax and sampling.exact_eval and not training:
         return full_attention(query, key, value, batch=batch, scale=scale)
     check_qkv(query, key, value)
     device = query.device
-    if sampling.tolerance is None or training:
+    if not softmax or sampling.tolerance is None or training:
         rounds = sampling.draw(query.shape[0], training, batch=batch, device=device)
     else:
         p, seed = sampling.batch_size, sampling.seed
@@ -170,7 +174,7 @@ def attend_in_batches(
         )
         rounds = draw_rounds(query.shape[0], p, sampling.chosen.rounds, batch=batch, seed=seed, device=device)
     options = Options(scale, dropout_p if training else 0.0, sampling.backend)
-    return estimate(query, key, value, rounds, sampling.estimator, "softmax", options, sampling.chunk_batches)
+    return estimate(query, key, value, rounds, sampling.estimator, interaction, options, sampling.chunk_batches)
 
 
 def apply_in_batches(
