@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -27,6 +28,8 @@ class DatasetsConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code. What the user can mend is one line, without a traceback."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    # huge pages: torch asks when it first takes memory; half of a large step on a CPU is page faults otherwise
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         config = _parse(argv)
         if isinstance(config, DatasetsConfig):
