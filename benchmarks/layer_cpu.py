@@ -107,9 +107,8 @@ def measure(channels: int, options: argparse.Namespace) -> None:
         found["GEMM"].append((time.perf_counter() - start, time.process_time() - used))
     rate = 6 * num_tokens * channels**2 / statistics.median(row[0] for row in found["GEMM"][1:])
     work = 3 * 8 * num_tokens * channels**2 + (2 + 5) * 2 * num_tokens * size * channels
-    print(
-        f"N = {num_tokens}, C = {channels}, H = {heads}, p = {size}, {options.threads} threads; GEMM {rate / 1e9:.0f} GF/s"
-    )
+    shape = f"N = {num_tokens}, C = {channels}, H = {heads}, p = {size}, {options.threads} threads"
+    print(f"{shape}; GEMM {rate / 1e9:.0f} GF/s")
     print("| case | ms | of all threads | × layer | of the GEMM's rate |\n|---|---|---|---|---|")
     base = statistics.median(row[0] for row in found["layer"][1:])
     rows = {}
