@@ -19,19 +19,8 @@ from torch import Tensor, nn
 from torch_geometric.nn.attention import PerformerAttention
 
 from randbatch import full_attention, random_partition
+from randbatch.experiments.peers import naive
 from randbatch.nn import RandomBatchAttention
-
-
-def naive(layer: RandomBatchAttention, x: Tensor, order: Tensor | None = None) -> Tensor:
-    """What one would write first; N must be a multiple of p."""
-    num_tokens, channels = x.shape
-    size, heads = layer.sampling.batch_size, layer.num_heads
-    order = random_partition(num_tokens, size, seed=1).order if order is None else order
-    projected = F.linear(x, layer.in_proj_weight, layer.in_proj_bias).unflatten(-1, (3, heads, -1)).unbind(1)
-    q, k, v = (t.index_select(0, order).unflatten(0, (-1, size)).transpose(1, 2) for t in projected)
-    out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
-    out = torch.zeros_like(out).index_copy(0, order, out)
-    return layer.out_proj(out.reshape(num_tokens, channels))
 
 
 def check(channels: int, heads: int, batch_size: int) -> None:

@@ -156,7 +156,7 @@ def check_operators() -> None:
     qkv = [torch.randn(52, 2, 4, requires_grad=True) for _ in range(3)]
     settings = (None, GRAPHS, False, "softmax", 8, "corrected", 2, None, "auto", 3, False, "None", None, 0.0)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(torch.ops.randbatch.attend, (*qkv, torch.empty(0), *settings), test_utils=tests)
+    torch.library.opcheck(torch.ops.randbatch.attend_opaquely, (*qkv, torch.empty(0), *settings), test_utils=tests)
     order = (torch.empty(0), 52, 3, torch.device("cpu"))
     torch.library.opcheck(torch.ops.randbatch.random_order, order, test_utils=tests)
 

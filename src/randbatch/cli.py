@@ -1,4 +1,4 @@
-"""The command line: `randbatch train`, `analyze`, `convergence`, `simulate` and `datasets`."""
+"""The command line: `randbatch train`, `analyze`, `convergence`, `simulate`, `bench`, `plan` and `datasets`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from randbatch._optional import require
-from randbatch.experiments import ConvergenceConfig, SimulateConfig, run_convergence, simulate
+from randbatch.experiments import (
+    BenchConfig,
+    ConvergenceConfig,
+    PlanConfig,
+    SimulateConfig,
+    run_bench,
+    run_convergence,
+    run_plan,
+    simulate,
+)
 from randbatch.train import PRESETS, SweepConfig, preset, train_sweep
 from randbatch.train.analyze import AnalyzeConfig, analyze_run
 from randbatch.train.data import DATASETS
@@ -41,6 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_convergence(config)
         elif isinstance(config, SimulateConfig):
             simulate(config)
+        elif isinstance(config, BenchConfig):
+            run_bench(config)
+        elif isinstance(config, PlanConfig):
+            run_plan(config)
         else:
             train_sweep(config)
     except Interrupted as error:
@@ -55,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-Config = SweepConfig | AnalyzeConfig | ConvergenceConfig | SimulateConfig | DatasetsConfig
+Config = SweepConfig | AnalyzeConfig | ConvergenceConfig | SimulateConfig | BenchConfig | PlanConfig | DatasetsConfig
 
 
 def _parse(argv: Sequence[str]) -> Config:
@@ -72,6 +85,8 @@ def _parse(argv: Sequence[str]) -> Config:
         | Annotated[AnalyzeConfig, tyro.conf.subcommand("analyze"), tyro.conf.PositionalRequiredArgs]
         | Annotated[ConvergenceConfig, tyro.conf.subcommand("convergence")]
         | Annotated[SimulateConfig, tyro.conf.subcommand("simulate")]
+        | Annotated[BenchConfig, tyro.conf.subcommand("bench")]
+        | Annotated[PlanConfig, tyro.conf.subcommand("plan")]
         | Annotated[DatasetsConfig, tyro.conf.subcommand("datasets", default=DatasetsConfig())]
     )
     config = tyro.cli(commands, prog="randbatch", args=list(argv))

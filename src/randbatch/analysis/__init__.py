@@ -2,6 +2,7 @@
 
 from randbatch.analysis.errors import AttentionErrors, HeadErrors, LayerErrors, attention_error
 from randbatch.analysis.forces import LayerForce, OutputErrors, output_error, random_force
+from randbatch.analysis.plan import Plan, PlanRow, plan
 
 __all__ = [
     "AttentionErrors",
@@ -9,7 +10,10 @@ __all__ = [
     "LayerErrors",
     "LayerForce",
     "OutputErrors",
+    "Plan",
+    "PlanRow",
     "attention_error",
     "output_error",
+    "plan",
     "random_force",
 ]

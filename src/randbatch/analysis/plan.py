@@ -208,7 +208,7 @@ def peak_allocated(function: Callable[[], object], device: torch.device | Litera
     changes = [
         (event.start_ns(), event.nbytes())
         for event in recorded.kineto_results.events()
-        if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU
+        if event.name() == "[memory]" and event.device_type().name == "CPU"
     ]
     held = peak = 0
     for _, change in sorted(changes, key=lambda entry: entry[0]):

@@ -28,9 +28,12 @@ _QKV = "Tensor query, Tensor key, Tensor value"
 _NUM_SETTINGS = 14
 _TAGS = (torch.Tag.nondeterministic_seeded,)
 # `turn` keeps the calls of two layers apart, see `randbatch.tracing`
-torch.library.define("randbatch::attend", f"({_QKV}, Tensor turn, {_SETTINGS}) -> (Tensor, Tensor)", tags=_TAGS)
 torch.library.define(
-    "randbatch::attend_backward", f"(Tensor grad, Tensor state, {_QKV}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)"
+    "randbatch::attend_opaquely", f"({_QKV}, Tensor turn, {_SETTINGS}) -> (Tensor, Tensor)", tags=_TAGS
+)
+torch.library.define(
+    "randbatch::attend_opaquely_backward",
+    f"(Tensor grad, Tensor state, {_QKV}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -63,7 +66,7 @@ def attend_opaquely(
     """As `attend_in_batches`."""
     if sampling.observer is not None or (sampling.tolerance is not None and not training):
         raise NotImplementedError("torch.compile cannot trace an observer or a tolerance; run them without it")
-    operator: Any = torch.ops.randbatch.attend
+    operator: Any = torch.ops.randbatch.attend_opaquely
     return operator(
         query,
         key,
@@ -116,14 +119,14 @@ def _random_state(tensor: Tensor) -> Tensor:
     return torch.cat([torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in _devices(tensor))])
 
 
-@torch.library.impl("randbatch::attend", "CompositeExplicitAutograd")
+@torch.library.impl("randbatch::attend_opaquely", "CompositeExplicitAutograd")
 def _forward(query: Tensor, key: Tensor, value: Tensor, turn: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
     state = _random_state(query)
     with torch.no_grad():
         return _attend(query, key, value, settings).contiguous(), state
 
 
-@torch.library.impl("randbatch::attend_backward", "CompositeExplicitAutograd")
+@torch.library.impl("randbatch::attend_opaquely_backward", "CompositeExplicitAutograd")
 def _backward(
     grad: Tensor, state: Tensor, query: Tensor, key: Tensor, value: Tensor, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,11 +159,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, grad: Tensor, grad_of_state: Tensor | None) -> tuple[Any, ...]:
-    operator: Any = torch.ops.randbatch.attend_backward
+    operator: Any = torch.ops.randbatch.attend_opaquely_backward
     grads = operator(grad, *ctx.saved_tensors, *ctx.settings)
     return *grads, None, *(None for _ in range(_NUM_SETTINGS))
 
 
-torch.library.register_autograd("randbatch::attend", _differentiate, setup_context=_save)
-torch.library.register_fake("randbatch::attend", _forward_fake)
-torch.library.register_fake("randbatch::attend_backward", _backward_fake)
+torch.library.register_autograd("randbatch::attend_opaquely", _differentiate, setup_context=_save)
+torch.library.register_fake("randbatch::attend_opaquely", _forward_fake)
+torch.library.register_fake("randbatch::attend_opaquely_backward", _backward_fake)

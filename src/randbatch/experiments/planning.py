@@ -1,0 +1,70 @@
+"""`randbatch plan`: the batch size and the chunking that fit into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from randbatch._files import write_json
+from randbatch.analysis import Plan, plan
+
+__all__ = ["PlanConfig", "run_plan"]
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Peak memory of training a graph transformer on a whole graph, and the batch size that fits."""
+
+    nodes: int
+    """N."""
+    edges: int
+    """E, directed."""
+    memory: str = "16GB"
+    """What there is: 16GB is 16 · 10⁹ bytes, 16GiB 16 · 2³⁰."""
+    features: int = 64
+    """Input features of a node."""
+    hidden: int = 64
+    """Channels."""
+    layers: int = 3
+    """Layers."""
+    heads: int = 4
+    """Heads of the attention."""
+    local: Literal["gcn", "sage", "gat", "gin", "off"] = "sage"
+    """Message passing."""
+    estimator: Literal["plain", "debiased", "corrected"] = "plain"
+    """Estimator of attention; corrected has no pieces."""
+    dropout: float = 0.0
+    """Of the layers."""
+    dtype: Literal["fp32", "bf16", "fp64"] = "fp32"
+    """Of features and parameters."""
+    batch_size: tuple[int, ...] = (64, 128, 256, 512, 1024)
+    """p, to choose from."""
+    chunk_batches: int = 8
+    """Batches at a time, where memory is to be saved."""
+    out: Path | None = None
+    """JSON file of the result. Default: none."""
+
+
+def run_plan(config: PlanConfig, *, say: Callable[[str], None] = print) -> Plan:
+    """Predict, and print the table.
+
+    Raises:
+        ValueError: a setting that does not fit.
+    """
+    found = plan(
+        config.nodes, config.edges, memory=config.memory, features=config.features, hidden=config.hidden,
+        layers=config.layers, heads=config.heads, local=config.local, estimator=config.estimator,
+        dropout=config.dropout, dtype=_DTYPES[config.dtype], batch_sizes=config.batch_size,
+        chunk_batches=(None,) if config.estimator == "corrected" else (None, config.chunk_batches),
+    )  # fmt: skip
+    say(f"{found}\n\nOn top of it comes what the process takes: 0.3 to 0.6 GB.")
+    if config.out is not None:
+        write_json(config.out, asdict(found))
+        say(f"numbers: {config.out}")
+    return found
