@@ -96,6 +96,12 @@ def test_the_command_benches(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert all(row["peak_bytes"] > 0 and len(row["seconds"]) == 1 and "torch" in row["versions"] for row in rows)
     assert (out / "bench.md").read_text().strip() in capsys.readouterr().out
     assert (out / "bench.png").read_bytes().startswith(b"\x89PNG")
+    kept = (out / "bench.jsonl").read_text().splitlines(keepends=True)
+    (out / "bench.jsonl").write_text("".join(line for line in kept if json.loads(line)["tokens"] == 64))  # interrupted
+    assert main(["bench", "--tokens", "64", "128", *small, "--out", str(out)]) == 0
+    again = (out / "bench.jsonl").read_text().splitlines(keepends=True)
+    assert again[: len(PEERS)] == kept[: len(PEERS)]
+    assert len(again) == len(kept)
 
 
 def test_nothing_is_timed_that_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -230,6 +230,7 @@ def test_an_interrupted_command_goes_on(
         (["convergence", "--system", "thomson"], "has no rates to measure: the repulsion is singular"),
         (["convergence", "--batch-size", "100"], "batch_size must be at most the number of particles 64, got 100"),
         (["convergence", "--system", "softmax", "--method", "rbm1"], "method is for particles"),
+        (["convergence", "--run", "somewhere", "--dt", "0.1"], "dt is for systems of particles"),
         (["convergence", "--realisations", "1"], "realisations must be at least 2"),
         (["simulate", "--system", "opinions"], "Did you mean 'opinion'?"),
         (["simulate", "--frames", "1"], "frames must be at least 2"),

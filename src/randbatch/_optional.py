@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__all__ = ["require"]
+__all__ = ["pyplot", "require"]
 
 _EXTRAS = {
     "PIL": "train",
@@ -40,3 +40,13 @@ def require(module: str) -> Any:
             raise  # the package is there; something that it needs is not
         extra = _EXTRAS[package]
         raise ImportError(f"this needs {package}: pip install 'randbatch[{extra}]'", name=package) from error
+
+
+def pyplot() -> Any:
+    """`matplotlib.pyplot`, without windows.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    require("matplotlib").use("agg")
+    return require("matplotlib.pyplot")

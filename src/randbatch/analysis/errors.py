@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from randbatch._checks import check_choice, check_integer, check_positive
+from randbatch._checks import check_integer, check_positive
 from randbatch._shapes import Float, Int
 from randbatch.analysis.report import draw, tables
-from randbatch.analysis.watching import measure_attention
+from randbatch.analysis.watching import check_compared, measure_attention
 from randbatch.estimators import ESTIMATORS
 from randbatch.estimators.at_tokens import SetsOf, log_attention_of
 from randbatch.estimators.sampled import SampledEstimates
@@ -154,17 +154,13 @@ def attention_error(
         (1, 2)
     """
     plan = _Plan(
-        tuple(sorted({check_integer("batch_sizes", p, 2) for p in batch_sizes})),
-        tuple(check_choice("estimators", name, ESTIMATORS) for name in estimators),
+        *check_compared(batch_sizes, estimators),
         check_integer("num_queries", num_queries, 1),
         check_integer("draws", draws, 1),
         check_positive("tolerance", tolerance),
         check_integer("max_rounds", max_rounds, 1),
         check_integer("seed", seed),
     )
-    for name, given in (("batch_sizes", plan.batch_sizes), ("estimators", plan.estimators)):
-        if not given:
-            raise ValueError(f"{name} must name at least one, got none")
     layers = measure_attention(
         model_or_qkv, inputs, named_inputs, batch=batch, scale=scale, measure=functools.partial(_measure, plan)
     )

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from randbatch._checks import check_choice, check_integer
+from randbatch._checks import check_integer
 from randbatch._shapes import Float, Int
-from randbatch.analysis.watching import as_it_was, measure_attention, progress_bar
+from randbatch.analysis.watching import as_it_was, check_compared, measure_attention, progress_bar
 from randbatch.estimators import ESTIMATORS
 from randbatch.estimators.at_tokens import SetsOf, log_attention_of, rows_of
 from randbatch.estimators.sampled import SampledEstimates
@@ -103,7 +103,7 @@ def random_force(
         >>> 0.8 < layer.fluctuation["debiased"][50] / layer.lemma[50] < 1.1
         True
     """
-    plan = _Plan(*_checked(batch_sizes, estimators), check_integer("num_queries", num_queries, 1),
+    plan = _Plan(*check_compared(batch_sizes, estimators), check_integer("num_queries", num_queries, 1),
                  check_integer("draws", draws, 2), check_integer("seed", seed))  # fmt: skip
     with progress_bar("partition", progress) as tick:
         return measure_attention(
@@ -114,15 +114,6 @@ def random_force(
             scale=scale,
             measure=functools.partial(_measure, plan, tick),
         )
-
-
-def _checked(batch_sizes: Sequence[int], estimators: Sequence[str]) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    sizes = tuple(sorted({check_integer("batch_sizes", p, 2) for p in batch_sizes}))
-    names = tuple(check_choice("estimators", name, ESTIMATORS) for name in estimators)
-    for name, given in (("batch_sizes", sizes), ("estimators", names)):
-        if not given:
-            raise ValueError(f"{name} must name at least one, got none")
-    return sizes, names
 
 
 def _measure(
@@ -270,7 +261,7 @@ def output_error(
         >>> found[0].error[8] > found[0].error[32]
         True
     """
-    sizes, names = _checked(batch_sizes, estimators)
+    sizes, names = check_compared(batch_sizes, estimators)
     check_integer("draws", draws, 2)
     check_integer("seed", seed)
     passes = len(sizes) * len(names) * draws

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from randbatch._files import write_picture
-from randbatch._optional import require
+from randbatch._optional import pyplot
 
 __all__ = ["draw", "tables"]
 
@@ -60,8 +60,7 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def draw(found: dict[str, Any], path: Path) -> None:
     """Error against batch size, a panel for each layer (thin: heads, thick: together), and n_eff of every head."""
-    require("matplotlib").use("agg")  # no window
-    plt = require("matplotlib.pyplot")
+    plt = pyplot()
     layers = found["layers"]
     columns = min(_COLUMNS, len(layers) + 1)
     rows = math.ceil((len(layers) + 1) / columns)

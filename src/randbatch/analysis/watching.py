@@ -10,16 +10,27 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from randbatch._checks import check_batch_vector, check_qkv
+from randbatch._checks import check_batch_vector, check_choice, check_integer, check_qkv
 from randbatch._optional import require
+from randbatch.estimators import ESTIMATORS
 from randbatch.nn.sampling import Sampling, sampling_of
 
-__all__ = ["Measure", "as_it_was", "measure_attention", "progress_bar"]
+__all__ = ["Measure", "as_it_was", "check_compared", "measure_attention", "progress_bar"]
 
 T = TypeVar("T")
 
 Measure = Callable[[str, Tensor, Tensor, Tensor, Tensor | None, float | None], T]
 """What is done with the attention of a layer: its name, query, key, value, `batch` and scale → a result."""
+
+
+def check_compared(batch_sizes: Sequence[int], estimators: Sequence[str]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Batch sizes, ascending, and names of estimators; a `ValueError` names what does not fit."""
+    sizes = tuple(sorted({check_integer("batch_sizes", p, 2) for p in batch_sizes}))
+    names = tuple(check_choice("estimators", name, ESTIMATORS) for name in estimators)
+    for name, given in (("batch_sizes", sizes), ("estimators", names)):
+        if not given:
+            raise ValueError(f"{name} must name at least one, got none")
+    return sizes, names
 
 
 @contextmanager

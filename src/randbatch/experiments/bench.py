@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from randbatch._checks import check_choice, check_integer
 from randbatch._files import write_picture, write_text
-from randbatch._optional import require
+from randbatch._optional import pyplot, require
 from randbatch.analysis.plan import peak_allocated
 from randbatch.experiments.folders import open_folder
 from randbatch.experiments.peers import PEERS
-from randbatch.experiments.report import pictures
 from randbatch.train.machine import commit, pick_device, versions
 
 __all__ = ["BenchConfig", "run_bench"]
@@ -66,17 +65,21 @@ def run_bench(config: BenchConfig, *, say: Callable[[str], None] = print) -> lis
     device = pick_device(config.device)
     _check(config, names, device)
     settings = {name: value for name, value in asdict(config).items() if name != "out"}
-    rows: list[dict[str, Any]] = []
     with open_folder(config.out, "bench", json.loads(json.dumps(settings)), say) as folder:
+        stored = folder / "bench.jsonl"
+        rows: list[dict[str, Any]] = (
+            [json.loads(line) for line in stored.read_text().splitlines()] if stored.exists() else []
+        )
+        missing = sorted(set(config.tokens) - {row["tokens"] for row in rows})
         made = {"date": datetime.now(UTC).date().isoformat(), "commit": commit(), "versions": versions(device)}
-        for size in require("tqdm").tqdm(sorted(config.tokens), unit="N", disable=None):
+        for size in require("tqdm").tqdm(missing, unit="N", disable=None):
             some = [name for name in names if not PEERS[name].quadratic or size <= config.most_of_full]
             rows += [row | {"settings": settings} | made for row in _measure(config, some, size, device)]
-            write_text(folder / "bench.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+            write_text(stored, "".join(json.dumps(row) + "\n" for row in rows))
         table = _table(rows)
         write_text(folder / "bench.md", f"{table}\n")
         _draw(config, rows, folder / "bench.png")
-    say(f"\n{table}\n\nrows: {folder / 'bench.jsonl'}\ntable: {folder / 'bench.md'}\npicture: {folder / 'bench.png'}")
+    say(f"\n{table}\n\nrows: {stored}\ntable: {folder / 'bench.md'}\npicture: {folder / 'bench.png'}")
     return rows
 
 
@@ -156,7 +159,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _draw(config: BenchConfig, rows: Sequence[dict[str, Any]], path: Path) -> None:
-    plt = pictures()
+    plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     for name in config.case:
         mine = [row for row in rows if row["case"] == name]

@@ -53,8 +53,8 @@ class ConvergenceConfig:
     seed: int = 0
     """Of starts, noise and partitions."""
     out: Path | None = None
-    """Folder of the results. Default: runs/convergence-<system>-<time>, or the folder of the run. What is there already
-    is not computed again."""
+    """Folder of the results. Default: runs/convergence-<system>-<time>. What is there already is not computed again.
+    The results of a run go into the run's own folder."""
     root: Path | None = None
     """Folder of the data sets, for a run. Default: the one of the run."""
 
@@ -68,6 +68,9 @@ def run_convergence(config: ConvergenceConfig, *, say: Callable[[str], None] = p
         Interrupted: by Ctrl-C; every finished curve is on the disk.
     """
     if config.run is not None:
+        for name in ("dt", "method", "num_particles", "t1", "out"):
+            if getattr(config, name) not in ((), None):
+                raise ValueError(f"{name} is for systems of particles and must be left out with --run")
         network_convergence(config.run, config.root, config.batch_size, config.realisations, config.seed, say)
         return
     check_choice("system", config.system, [*CASES, SOFTMAX])

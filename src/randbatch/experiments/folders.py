@@ -18,7 +18,7 @@ SETTINGS = "settings.json"
 
 @contextmanager
 def open_folder(
-    folder: Path | None, name: str, settings: Mapping[str, Any], say: Callable[[str], None]
+    folder: Path | None, name: str, settings: Mapping[str, Any], say: Callable[[str], None], remark: str = ""
 ) -> Generator[Path]:
     """The folder of a command's results; one that is there already must have been made with the same settings.
 
@@ -27,6 +27,7 @@ def open_folder(
         name: of the command and what it is about.
         settings: all that the results depend on, to be written beside them.
         say: told where results go.
+        remark: what else is to be known of going on after an interruption.
 
     Raises:
         ValueError: the folder holds results of other settings.
@@ -45,4 +46,4 @@ def open_folder(
     try:
         yield place
     except KeyboardInterrupt:
-        raise Interrupted(f"the same command and --out {place}") from None
+        raise Interrupted(f"the same command and --out {place}{remark}") from None

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from randbatch._files import write_bytes, write_picture
-from randbatch._optional import require
+from randbatch._optional import pyplot, require
 from randbatch.experiments.cases import Case
-from randbatch.experiments.report import pictures
 from randbatch.particles import Trajectory, cosine_histogram
 
 __all__ = ["draw_strip", "film"]
@@ -25,7 +24,7 @@ _FRAMES_A_SECOND = 12
 
 def draw_strip(found: Trajectory, case: Case, title: str, path: Path) -> None:
     """A panel for each saved time, all with the same axes."""
-    plt = pictures()
+    plt = pyplot()
     count = len(found.times)
     columns = min(_COLUMNS, count)
     rows = -(-count // columns)
@@ -44,7 +43,7 @@ def draw_strip(found: Trajectory, case: Case, title: str, path: Path) -> None:
 
 def film(found: Trajectory, case: Case, title: str, path: Path) -> None:
     """A GIF with a frame for each saved time."""
-    plt = pictures()
+    plt = pyplot()
     image: Any = require("PIL.Image")
     frames: list[Any] = []
     figure, axes = plt.subplots(figsize=(4, 4.2), layout="constrained", dpi=90)

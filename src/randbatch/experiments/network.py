@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from randbatch._files import write_json, write_picture, write_text
+from randbatch._optional import pyplot
 from randbatch.analysis.forces import LayerForce, OutputErrors, output_error, random_force
 from randbatch.estimators import ESTIMATORS
-from randbatch.experiments.report import csv_of, pictures
+from randbatch.experiments.report import csv_of
 from randbatch.train.analyze import load_run
 
 __all__ = ["network_convergence"]
@@ -96,7 +97,7 @@ def _table(layers: Sequence[LayerForce], outputs: Sequence[OutputErrors]) -> str
 
 def _draw(layers: Sequence[LayerForce], outputs: Sequence[OutputErrors], path: Path) -> None:
     """A panel for each layer, and one for the output."""
-    plt = pictures()
+    plt = pyplot()
     columns = min(4, len(layers) + 1)
     rows = -(-(len(layers) + 1) // columns)
     figure, grid = plt.subplots(rows, columns, figsize=(3.5 * columns, 3.2 * rows), layout="constrained", squeeze=False)

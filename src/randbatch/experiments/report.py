@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from randbatch._files import write_picture
-from randbatch._optional import require
+from randbatch._optional import pyplot
 from randbatch.particles.rates import Convergence, Errors
 
-__all__ = ["csv_of", "draw_convergence", "pictures", "points_csv"]
+__all__ = ["csv_of", "draw_convergence", "points_csv"]
 
 _STYLES = ("-", "--", "-.", ":")
 _MARKS = "osD^vPX*"
@@ -39,15 +39,9 @@ def points_csv(found: Convergence) -> str:
     )
 
 
-def pictures() -> Any:
-    """`matplotlib.pyplot`, without windows."""
-    require("matplotlib").use("agg")
-    return require("matplotlib.pyplot")
-
-
 def draw_convergence(found: Convergence, path: Path) -> None:
     """Strong and weak error against the step, with 95 % intervals, and lines of the slopes ½ and 1."""
-    plt = pictures()
+    plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     labels = list(dict.fromkeys(one.label for one in found.errors))
     sizes = list(dict.fromkeys(one.batch_size for one in found.errors))

@@ -67,7 +67,7 @@ def simulate(config: SimulateConfig, *, say: Callable[[str], None] = print) -> T
     batch_size = config.batch_size if config.batch_size or config.method == "direct" else case.batch_size
     settings = {"system": config.system, "method": config.method, "batch_size": batch_size, "num_particles": size}
     settings |= {"t1": t1, "dt": dt, "frames": config.frames, "seed": config.seed}
-    with open_folder(config.out, f"simulate-{config.system}", settings, say) as folder:
+    with open_folder(config.out, f"simulate-{config.system}", settings, say, " (it starts from t = 0)") as folder:
         found = solve(
             case.system(size), x0, t1, dt, config.method, batch_size=batch_size, seed=config.seed, save_at=saved,
             progress=True,

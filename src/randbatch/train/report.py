@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from randbatch._files import write_picture
-from randbatch._optional import require
+from randbatch._optional import pyplot
 
 __all__ = ["draw_curves", "table"]
 
@@ -56,8 +56,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 def draw_curves(runs: Sequence[Run], path: Path) -> None:
     """Loss and validation score by epoch, and the test score of each attention with its time per epoch."""
-    require("matplotlib").use("agg")  # no window
-    plt = require("matplotlib.pyplot")
+    plt = pyplot()
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     metric = runs[0][0]["metric"]
     seen: set[str] = set()
