@@ -313,8 +313,10 @@ def test_bad_input_of_full_attention() -> None:
 
 
 def test_backend_table_speaks() -> None:
-    problem = Problem(torch.device("cpu"), torch.float32, 8, 8, 1.0, need_lse=True)
+    problem = Problem(torch.device("cpu"), torch.float64, 8, 8, 1.0, need_lse=True)
     assert pick_backend("auto", problem) is BACKENDS["sdpa"]
+    single = replace(problem, dtype=torch.float32)
+    assert pick_backend("auto", single) is BACKENDS["sdpa" if BACKENDS["cpu"].why_not(single) else "cpu"]
     for hard in (
         replace(problem, dropout_p=0.1),
         replace(problem, device=torch.device("cuda")),
@@ -322,4 +324,4 @@ def test_backend_table_speaks() -> None:
     ):
         assert pick_backend("auto", hard) is BACKENDS["reference"]
         assert BACKENDS["sdpa"].why_not(hard) is not None
-    assert pick_backend("auto", Problem(torch.device("cpu"), torch.float32, 8, 8, 1.0)) is BACKENDS["sdpa"]
+    assert pick_backend("auto", replace(problem, need_lse=False)) is BACKENDS["sdpa"]

@@ -7,7 +7,7 @@ can, in the order of the device; a backend asked for by name that cannot raises 
 from __future__ import annotations
 
 from randbatch._checks import check_choice
-from randbatch.kernels import reference, sdpa, triton
+from randbatch.kernels import cpu, reference, sdpa, triton
 from randbatch.kernels.backend import Backend, OwnShift
 from randbatch.kernels.blocks import in_blocks, over_blocks
 from randbatch.kernels.problem import Problem
@@ -15,12 +15,14 @@ from randbatch.kernels.problem import Problem
 __all__ = ["BACKENDS", "Backend", "OwnShift", "Problem", "over_blocks", "pick_backend"]
 
 BACKENDS = {
-    "triton": Backend(triton.why_not, triton.attend, triton.forward, triton.backward),
+    "triton": triton.BACKEND,
+    "cpu": cpu.BACKEND,
     "sdpa": in_blocks(sdpa.why_not, sdpa.attend, sdpa.forward, sdpa.backward),
     "reference": in_blocks(reference.why_not, reference.attend, reference.forward, reference.backward),
 }
 
-_AUTO = {"cuda": ("triton", "sdpa", "reference")}  # elsewhere triton is only interpreted, which is for tests
+# on a CPU triton is only interpreted, which is for tests
+_AUTO = {"cuda": ("triton", "sdpa", "reference"), "cpu": ("cpu", "sdpa", "reference")}
 
 
 def pick_backend(name: str, problem: Problem) -> Backend:

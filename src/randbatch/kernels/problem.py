@@ -48,3 +48,10 @@ class Problem:
         size = query.shape[-1]
         factor = 1 / math.sqrt(size) if scale is None else scale
         return cls(query.device, query.dtype, size, value.shape[-1], factor, dropout_p, need_lse, exclude_self)
+
+    def why_not_of_size(self, largest: int) -> str | None:
+        """Why a backend for heads of at most `largest` numbers cannot, if so."""
+        for name, size in (("query and key", self.head_size), ("value", self.value_size)):
+            if not 1 <= size <= largest:
+                return f"it takes heads of 1 to {largest} numbers, got {size} in {name}"
+        return None

@@ -11,14 +11,17 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from randbatch._checks import check_choice, check_integer, check_probability
 from randbatch._shapes import Bool, Float, Int
 from randbatch.estimators import pick_estimator
 from randbatch.estimators.in_pieces import Pipeline, estimate_in_pieces
 from randbatch.interactions import INTERACTIONS, Options
+from randbatch.kernels import Problem, pick_backend
 from randbatch.nn._sets import PaddedSets, kept_where_zero
 from randbatch.nn.opaque import attend_opaquely, is_opaque
+from randbatch.nn.projected import attend_projected
 from randbatch.nn.sampling import Sampling, attend_in_batches
 from randbatch.orthogonal import Rounds
 from randbatch.partition import Partition
@@ -212,6 +215,8 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
         options = Options(None, self.dropout if self.training else 0.0, sampling.backend)
         if sampling.chunk_batches is not None:
             return self._attend_in_pieces(query, key, value, rounds, options)
+        if query is key and key is value and isinstance(rounds, Partition) and self._is_three_steps(query, options):
+            return self._attend_projected(query, rounds, options)
         attend = pick_estimator(sampling.estimator)
         if isinstance(rounds, Partition):
             # Moving the C channels before the projection costs a third of moving query, key and value after it.
@@ -221,6 +226,29 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
             q, k, v = self._project(query, key, value)
             out = attend(q, k, v, rounds, self.interaction, options)
         return self.out_proj(out.flatten(1))
+
+    def _is_three_steps(self, x: Tensor, options: Options) -> bool:
+        """Whether projection, attention, projection on a CPU is all that is to be computed, and in one dtype."""
+        last: torch.nn.Module = self.out_proj
+        return (
+            x.device.type == "cpu"
+            and x.shape[0] > 0
+            and self.interaction == "softmax"
+            and self.sampling.estimator == "plain"
+            and options.dropout_p == 0
+            and options.backend != "reference"
+            and type(last) is NonDynamicallyQuantizableLinear  # neither replaced nor parametrised
+            and not (last._forward_hooks or last._forward_pre_hooks or last._backward_hooks or last._backward_pre_hooks)
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
+        )
+
+    def _attend_projected(self, x: Float[Tensor, "n c"], part: Partition, options: Options) -> Float[Tensor, "n c"]:
+        shape = self.num_heads, self.head_dim
+        problem = Problem.of(x.unflatten(1, shape), x.unflatten(1, shape), options.scale, need_lse=True)
+        first, last = (self.in_proj_weight, self.in_proj_bias), (self.out_proj.weight, self.out_proj.bias)
+        backend = pick_backend(options.backend, problem)
+        return attend_projected(x, *first, *last, part, self.num_heads, backend, problem)
 
     def _attend_opaquely(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Bool[Tensor, "b n"] | None, batch: Tensor | None

@@ -1,0 +1,92 @@
+"""What calls the compiled functions of the CPU backend: tensors and batches as C structures."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from randbatch.kernels.cpu.build import library
+from randbatch.kernels.fused import Batches, define_operators
+
+__all__ = ["OPERATORS", "padded"]
+
+_LANES = 16  # of the longest vectors, AVX-512's
+
+
+def padded(head_size: int, value_size: int) -> tuple[int, int]:
+    """The sizes that are compiled for: few, since each takes a second or two."""
+    size, other = (-(-size // _LANES) * _LANES for size in (head_size, value_size))
+    return size, other
+
+
+class _Rows(ctypes.Structure):
+    """`Rows` of attention.cpp."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("row", ctypes.c_int64), ("head", ctypes.c_int64))
+
+
+class _Batches(ctypes.Structure):
+    """`Batches` of attention.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("order", "starts", "widths", "shift")),
+        *((name, ctypes.c_int64) for name in ("batches", "heads", "widest", "threads", "size_d", "size_e")),
+        ("seed", ctypes.c_uint64),
+        ("scale", ctypes.c_float),
+        ("dropout_p", ctypes.c_float),
+    )
+
+
+def _rows(x: Tensor) -> _Rows:
+    row, head, _ = x.stride()
+    return _Rows(x.data_ptr(), row, head)
+
+
+def _address(x: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
+def _call(name: str, batches: Batches, query: Tensor, value: Tensor, *args: ctypes.Structure | ctypes.c_void_p) -> None:
+    if not batches.groups:
+        return
+    where = (batches.order, batches.starts, batches.widths)
+    order, starts, widths = (x.contiguous() for x in where)  # held until the call is over
+    shift = None if batches.shift is None else batches.shift.contiguous()
+    told = _Batches(
+        *(_address(x) for x in (order, starts, widths, shift)),
+        sum(batches.groups[::2]),
+        query.shape[1],
+        max(batches.groups[1::2]),
+        torch.get_num_threads(),
+        query.shape[2],
+        value.shape[2],
+        0 if batches.seed is None else int(batches.seed),
+        batches.scale,
+        batches.dropout_p,
+    )
+    getattr(library(*padded(query.shape[2], value.shape[2])), name)(ctypes.byref(told), *args)
+
+
+def _run_forward(query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, batches: Batches) -> None:
+    _call("attend_forward", batches, query, value, *map(_rows, (query, key, value, out)), _address(lse))
+
+
+def _run_backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grads: tuple[Tensor, Tensor, Tensor],
+    batches: Batches,
+) -> None:
+    inputs = map(_rows, (query, key, value, out))
+    told = (_rows(grad), _address(grad_lse), *inputs, _address(lse), *map(_rows, grads))
+    _call("attend_backward", batches, query, value, *told)
+
+
+OPERATORS = define_operators("attend_cpu", _run_forward, _run_backward)

@@ -1,0 +1,208 @@
+"""Backends that gather, attend and scatter in one kernel: two custom operators of torch around what runs it.
+
+torch sees operators with known shapes and a derivative, so that eager mode, `torch.compile` and autograd all take them.
+
+Shape letters: N tokens, M batches, H heads, D head size of query and key, E of value. `groups` lists rows and width of
+each batch size one after the other, `[rows, width, rows, width, …]`, widest first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from randbatch._shapes import Float, Int
+from randbatch.kernels.backend import Backend, OwnShift
+from randbatch.kernels.problem import Problem
+from randbatch.partition import Partition
+
+__all__ = ["Batches", "Operators", "define_operators", "fused"]
+
+_BATCHES = "Tensor order, Tensor starts, Tensor widths, int[] groups"
+_OPTIONS = "Tensor? shift, Tensor? seed, float scale, float dropout_p"
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Who meets, and how: what the kernels are told beside the tokens.
+
+    Attributes:
+        order: int64 `[N]`, the token at each position of batch order.
+        starts: int64 `[M]`, where each batch begins in `order`.
+        widths: int64 `[M]`, how many tokens it has.
+        groups: the same widths, as numbers.
+        shift: fp32 `[M, H]`, added to the logit of a token with itself; −∞ leaves it out. None is 0.
+        seed: int64 `[1]`, of the dropped weights; None without dropout.
+        scale: factor of the logits.
+        dropout_p: probability that a weight is dropped.
+    """
+
+    order: Int[Tensor, " n"]
+    starts: Int[Tensor, " m"]
+    widths: Int[Tensor, " m"]
+    groups: Sequence[int]
+    shift: Float[Tensor, "m h"] | None
+    seed: Int[Tensor, " 1"] | None
+    scale: float
+    dropout_p: float
+
+
+RunForward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Batches], None]
+"""`(query, key, value, out, lse, batches)`: fills out `[N, H, E]` and the fp32 log-sum-exp `[N, H]`, both dense."""
+
+RunBackward = Callable[
+    [Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor], Batches], None
+]
+"""`(grad, grad_lse, query, key, value, out, lse, grads, batches)`: fills the gradients of query, key and value, for
+weights `exp(logit − lse)`; out and lse may be those of attention over more keys. No gradient of lse is 0."""
+
+
+@dataclass(frozen=True)
+class Operators:
+    """`attend(query, key, value, *batches)` → out, lse; `backward(grad, grad_lse, query, …, lse, *batches)`."""
+
+    attend: Any
+    backward: Any
+
+
+def _dense(x: Tensor) -> Tensor:
+    """The kernels take any stride of tokens and heads, not of the last dimension."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def define_operators(name: str, run_forward: RunForward, run_backward: RunBackward) -> Operators:
+    """The operators `randbatch::NAME` and `randbatch::NAME_backward`. Tensors of tokens are in token order."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *batches: Any) -> tuple[Tensor, Tensor]:
+        out = value.new_empty(value.shape)
+        lse = query.new_empty(query.shape[:2], dtype=torch.float32)
+        run_forward(_dense(query), _dense(key), _dense(value), out, lse, Batches(*batches))
+        return out, lse
+
+    def attend_fake(query: Tensor, key: Tensor, value: Tensor, *batches: Any) -> tuple[Tensor, Tensor]:
+        return value.new_empty(value.shape), query.new_empty(query.shape[:2], dtype=torch.float32)
+
+    def backward(
+        grad: Tensor,
+        grad_lse: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *batches: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grads = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+        to_lse = None if grad_lse is None else grad_lse.contiguous()
+        tensors = _dense(grad), to_lse, _dense(query), _dense(key), _dense(value), out.contiguous(), lse.contiguous()
+        run_backward(*tensors, grads, Batches(*batches))
+        return grads
+
+    def backward_fake(
+        grad: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, groups, shift, seed, scale, dropout_p = inputs
+        query, key, value, *batches = tensors
+        ctx.save_for_backward(query, key, value, *output, *batches, shift, seed)
+        ctx.options = groups, scale, dropout_p
+
+    def differentiate(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        *tensors, shift, seed = ctx.saved_tensors
+        groups, scale, dropout_p = ctx.options
+        grads = operators.backward(grad, grad_lse, *tensors, groups, shift, seed, scale, dropout_p)
+        return *grads, *(8 * [None])
+
+    qkv = "Tensor query, Tensor key, Tensor value"
+    operators = Operators(
+        torch.library.custom_op(
+            f"randbatch::{name}",
+            attend,
+            mutates_args=(),
+            schema=f"({qkv}, {_BATCHES}, {_OPTIONS}) -> (Tensor, Tensor)",
+        ),
+        torch.library.custom_op(
+            f"randbatch::{name}_backward",
+            backward,
+            mutates_args=(),
+            schema=(
+                f"(Tensor grad, Tensor? grad_lse, {qkv}, Tensor out, Tensor lse, {_BATCHES}, {_OPTIONS})"
+                " -> (Tensor, Tensor, Tensor)"
+            ),
+        ),
+    )
+    operators.attend.register_fake(attend_fake)
+    operators.attend.register_autograd(differentiate, setup_context=save)
+    operators.backward.register_fake(backward_fake)
+    return operators
+
+
+def _batches(part: Partition) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    starts, widths = part.starts_and_widths()
+    return part.order, starts, widths, [number for group in part.groups for number in group]
+
+
+def _shift(query: Tensor, part: Partition, problem: Problem, own_shift: OwnShift | None) -> Tensor | None:
+    """Fp32 `[M, H]`; a token that does not attend to itself has −∞ there."""
+    shape = part.num_batches, query.shape[1]
+    if problem.exclude_self:
+        return query.new_full(shape, -torch.inf, dtype=torch.float32)
+    if own_shift is None:
+        return None
+    return torch.cat(
+        [shift.expand(rows, -1) for shift, (rows, _) in zip(own_shift, part.groups, strict=True)]
+    ).to(torch.float32)  # fmt: skip
+
+
+def fused(why_not: Callable[[Problem], str | None], operators: Operators) -> Backend:
+    """The backend that these operators make. Dropout draws its seed from torch's default generator."""
+
+    def attend(
+        query: Float[Tensor, "n h d"],
+        key: Float[Tensor, "n h d"],
+        value: Float[Tensor, "n h dv"],
+        part: Partition,
+        problem: Problem,
+        own_shift: OwnShift | None,
+    ) -> tuple[Float[Tensor, "n h dv"], Float[Tensor, "n h"] | None]:
+        seed = None
+        if problem.dropout_p > 0:  # on the CPU, where activation checkpointing replays it
+            seed = torch.randint(2**63 - 1, (1,), device="cpu").to(query.device, non_blocking=True)
+        shift = _shift(query, part, problem, own_shift)
+        out, lse = operators.attend(
+            query, key, value, *_batches(part), shift, seed, problem.scale, problem.dropout_p
+        )  # fmt: skip
+        return out, lse if problem.need_lse else None
+
+    def forward(
+        query: Float[Tensor, "n h d"],
+        key: Float[Tensor, "n h d"],
+        value: Float[Tensor, "n h dv"],
+        part: Partition,
+        problem: Problem,
+    ) -> tuple[Float[Tensor, "n h dv"], Float[Tensor, "n h"]]:
+        shift = _shift(query, part, problem, None)
+        with torch.no_grad():
+            return operators.attend(query, key, value, *_batches(part), shift, None, problem.scale, 0.0)
+
+    def backward(
+        grad: Float[Tensor, "n h dv"],
+        query: Float[Tensor, "n h d"],
+        key: Float[Tensor, "n h d"],
+        value: Float[Tensor, "n h dv"],
+        out: Float[Tensor, "n h dv"],
+        lse: Float[Tensor, "n h"],
+        part: Partition,
+        problem: Problem,
+    ) -> tuple[Float[Tensor, "n h d"], Float[Tensor, "n h d"], Float[Tensor, "n h dv"]]:
+        shift = _shift(query, part, problem, None)
+        tensors = (grad, None, query, key, value, out, lse)
+        return operators.backward(*tensors, *_batches(part), shift, None, problem.scale, 0.0)
+
+    return Backend(why_not, attend, forward, backward)
