@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import randbatch as rb
 from randbatch.nn import Sampling
+from randbatch.nn.sampling import sampling_of
 
 ONE_BATCH = 10**6
 FLOAT64 = {"rtol": 1e-10, "atol": 1e-10}
@@ -77,18 +78,21 @@ def check(
 
 
 def _check_float32(original: nn.Module, call, want: list[Tensor], training: bool, grad: bool) -> None:
-    """The converted model's rounding error is not above twice that of the unconverted one.
+    """The converted model's rounding error is not above twice that of the unconverted one, or of the plain formula.
 
-    Some gradients are zero but for rounding (a key's bias shifts all logits of a row), so the unit in the last place of
+    Of one small draw torch's fused attention may by luck err half as much as the formula does. Some gradients are zero but for rounding (a key's bias shifts all logits of a row), so the unit in the last place of
     the largest one is allowed to each.
     """
     reference = copy.deepcopy(original).float().train(training)
     model = copy.deepcopy(original).float().train(training)
     rb.convert(model, ONE_BATCH)
-    theirs, ours = (outputs_and_gradients(m, call, grad) for m in (reference, model))
+    formula = copy.deepcopy(model)
+    for sampling in filter(None, map(sampling_of, formula.modules())):
+        sampling.backend = "reference"
+    theirs, ours, plain_ones = (outputs_and_gradients(m, call, grad) for m in (reference, model, formula))
     noise = torch.finfo(torch.float32).eps * max(exact.norm() for exact in want)
-    for exact, plain, random in zip(want, theirs, ours, strict=True):
-        assert (random - exact).norm() <= 2 * (plain - exact).norm() + noise
+    for exact, random, *others in zip(want, ours, theirs, plain_ones, strict=True):
+        assert (random - exact).norm() <= 2 * max((other - exact).norm() for other in others) + noise
 
 
 def _check_random(original: nn.Module, call, want: Tensor, training: bool, grad: bool, batch_size: int) -> None:

@@ -139,6 +139,20 @@ def test_strides_are_taken_as_they_are() -> None:
     torch.testing.assert_close(got, *torch.autograd.grad(want.sum(), fused), rtol=1e-4, atol=1e-6)
 
 
+def test_dropout_does_not_depend_on_the_tiles() -> None:
+    """The same pair of tokens has the same fate in batches of other sizes."""
+    query, key, _ = qkv(64)
+    units = torch.eye(64).unsqueeze(1).expand(-1, 2, -1)
+    masks = []
+    small = rb.random_partition(64, 16, seed=0)
+    for part in (small, rb.random_partition(64, 64, seed=0)):
+        torch.manual_seed(5)
+        options = {"partition": part, "dropout_p": 0.3, "backend": "triton"}
+        masks.append((rb.random_batch_attention(query, key, units, **options) > 0).transpose(0, 1))
+    meets = bias_of([small]) > -torch.inf
+    assert torch.equal(masks[0][:, meets], masks[1][:, meets])
+
+
 # Which launches, and when the backend refuses
 
 

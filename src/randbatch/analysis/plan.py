@@ -16,13 +16,14 @@ import torch.nn.functional as F
 
 from randbatch._checks import check_choice, check_integer
 from randbatch.models import GraphTransformer
+from randbatch.nn.projected import batches_of_a_piece
 
 __all__ = ["Plan", "PlanRow", "peak_allocated", "plan"]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
     f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", 1)
 }
-_SMALL = 2048  # nodes at least, and four batches
+_SMALL = 2048  # nodes at least, and four pieces
 _CLASSES = 16
 
 
@@ -137,7 +138,8 @@ def plan(
     for chunk in chunk_batches:
         for size in sorted({check_integer("batch_sizes", p, 2) for p in batch_sizes}):
             changed = case.settings | {"batch_size": size, "chunk_batches": chunk}
-            peak = _predict(replace(case, settings=changed), size, chunk or 1)
+            # on a CPU the layer goes by pieces in any case; on a GPU more nodes than it takes do no harm
+            peak = _predict(replace(case, settings=changed), size, chunk or batches_of_a_piece(size, hidden, dtype))
             rows.append(PlanRow(size, chunk, peak, peak <= limit))
     fitting = [row for row in rows if row.fits]
     best = max(fitting, key=lambda row: (row.batch_size, row.chunk_batches is None), default=None)
@@ -159,7 +161,10 @@ def parse_memory(memory: str | int) -> int:
 
 
 def _predict(case: _Case, batch_size: int, chunk: int) -> int:
-    """The peak at N nodes, from two small graphs with as many edges a node; exactly N if that is small."""
+    """The peak at N nodes, from two small graphs with as many edges a node; exactly N if that is small.
+
+    The small ones are several pieces, since up to there the peak grows faster.
+    """
     small = max(_SMALL, 4 * batch_size * chunk)
     if case.num_nodes <= 2 * small:
         return _peak_of(case)

@@ -24,10 +24,15 @@ from randbatch._shapes import Float, Int
 from randbatch.kernels import Backend, Problem
 from randbatch.partition import Partition
 
-__all__ = ["attend_projected"]
+__all__ = ["attend_projected", "batches_of_a_piece"]
 
-_BYTES = 2**22  # of queries, keys and values of a piece, for each thread; from 1 to 16 MiB took the same time
+_BYTES = 2**20  # of queries, keys and values of a piece, for each thread; up to 16 MiB took about the same time
 _BATCHES = 4  # of a piece, for each thread, lest one waits for another
+
+
+def batches_of_a_piece(batch_size: int, channels: int, dtype: torch.dtype) -> int:
+    """How many batches are computed at a time."""
+    return torch.get_num_threads() * max(_BATCHES, _BYTES // (3 * channels * dtype.itemsize * batch_size))
 
 
 @dataclass(frozen=True)
@@ -40,9 +45,7 @@ class _Attention:
     problem: Problem
 
     def pieces(self, x: Tensor) -> Iterator[tuple[Int[Tensor, " n"], Partition]]:
-        width, threads = self.part.num_slots, torch.get_num_threads()
-        fits = _BYTES // (3 * x.shape[1] * x.element_size() * width)
-        return self.part.chunks(threads * max(_BATCHES, fits))
+        return self.part.chunks(batches_of_a_piece(self.part.num_slots, x.shape[1], x.dtype))
 
     def split(self, x: Float[Tensor, "n c"], parts: int = 1) -> tuple[Float[Tensor, "n h d"], ...]:
         """What stands side by side: query, key and value, and the heads of each."""

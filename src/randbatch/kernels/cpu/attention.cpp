@@ -127,14 +127,14 @@ template <int WIDTH> void copy(const float* from, float* to, int64_t size, float
     for (int64_t d = 0; d < size; ++d) to[d] = from[d] * factor;
 }
 
-// Random bits of a pair of tokens, for dropout. Source: the finalizer of MurmurHash3 (Appleby).
+// Random bits of a pair of positions in batch order, for dropout. Source: the finalizer of MurmurHash3 (Appleby).
 template <class T> T mixed(T x) {
   x = (x ^ (x >> 16)) * 0x85ebca6bu;
   x = (x ^ (x >> 13)) * 0xc2b2ae35u;
   return x ^ (x >> 16);
 }
-uint32_t key_of(int64_t token, uint32_t seed) {
-  return mixed(mixed(uint32_t(token) ^ seed) ^ uint32_t(uint64_t(token) >> 32));
+uint32_t key_of(int64_t position, uint32_t seed) {
+  return mixed(mixed(uint32_t(position) ^ seed) ^ uint32_t(uint64_t(position) >> 32));
 }
 
 }  // namespace
@@ -267,11 +267,10 @@ class Worker {
     return bits >= limit ? spread(1.f / (1.f - all_.dropout_p)) : Vec{};
   }
   void begin_dropout(int64_t i) {
-    for (int r = 0; r < QUERIES; ++r)
-      row_bits_[r] = i + r < width_ ? key_of(token(i + r), uint32_t(all_.seed)) : 0;
+    for (int r = 0; r < QUERIES; ++r) row_bits_[r] = key_of(start_ + i + r, uint32_t(all_.seed));
   }
   uint32_t column_bits(int64_t j) const {
-    return key_of(token(j), mixed(uint32_t(all_.seed >> 32) + uint32_t(head_)));
+    return key_of(start_ + j, mixed(uint32_t(all_.seed >> 32) + uint32_t(head_)));
   }
 
   // Logits to weights, not yet divided by their sum; what was summed before goes down if the maximum goes up.
