@@ -16,6 +16,7 @@ from torch import Tensor
 
 import randbatch as rb
 
+_FLEX_BLOCK = 128  # tokens in a block of flex_attention's mask
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -52,6 +53,31 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, size: int, order: Tensor) 
     return torch.zeros_like(out).index_copy(0, order, out)
 
 
+def flex(size: int, order: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """`flex_attention`, compiled, with a mask of blocks, between gathers; 128 divides p or p divides it."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    together = max(size // _FLEX_BLOCK, 1)  # blocks that a batch takes
+    blocks = torch.arange(-(-len(order) // _FLEX_BLOCK), device=order.device, dtype=torch.int32)
+    columns = torch.zeros(len(blocks), len(blocks), device=order.device, dtype=torch.int32)  # as wide as all keys
+    columns[:, :together] = blocks.unsqueeze(1) // together * together + torch.arange(together, device=order.device)
+    mask = BlockMask.from_kv_blocks(
+        torch.full_like(blocks, together).expand(1, 1, -1),
+        columns.expand(1, 1, -1, -1),
+        BLOCK_SIZE=_FLEX_BLOCK,
+        seq_lengths=(len(order), len(order)),
+        mask_mod=lambda _, head, query, key: query // size == key // size,
+    )
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        packed = (x.index_select(0, order).transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+        out = compiled(*packed, block_mask=mask).squeeze(0).transpose(0, 1)
+        return torch.zeros_like(out).index_copy(0, order, out)
+
+    return attend
+
+
 def unfused(query: Tensor, key: Tensor, value: Tensor, size: int, order: Tensor) -> Tensor:
     """Three gathers, `scaled_dot_product_attention`, a scatter; N must be a multiple of p."""
     packed = (x.index_select(0, order).unflatten(0, (-1, size)).transpose(1, 2) for x in (query, key, value))
@@ -73,6 +99,8 @@ def measure(size: int, options: argparse.Namespace, device: torch.device, dtype:
     ways["unfused"] = lambda: unfused(*qkv, size, part.order)
     if device.type == "cuda":
         ways["varlen"] = lambda: varlen(*qkv, size, part.order)
+        by_blocks = flex(size, part.order)
+        ways["flex_attention"] = lambda: by_blocks(*qkv)
     expected = rb.random_batch_attention(
         *(x.detach().float() for x in qkv), batch_size=size, partition=part, backend="sdpa"
     )

@@ -80,8 +80,9 @@ def check(
 def _check_float32(original: nn.Module, call, want: list[Tensor], training: bool, grad: bool) -> None:
     """The converted model's rounding error is not above twice that of the unconverted one, or of the plain formula.
 
-    Of one small draw torch's fused attention may by luck err half as much as the formula does. Some gradients are zero but for rounding (a key's bias shifts all logits of a row), so the unit in the last place of
-    the largest one is allowed to each.
+    Of one small draw torch's fused attention may by luck err half as much as the formula does. Some gradients are zero
+    but for rounding (a key's bias shifts all logits of a row), so the unit in the last place of the largest
+    one is allowed to each.
     """
     reference = copy.deepcopy(original).float().train(training)
     model = copy.deepcopy(original).float().train(training)

@@ -228,10 +228,14 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
         return self.out_proj(out.flatten(1))
 
     def _is_three_steps(self, x: Tensor, options: Options) -> bool:
-        """Whether projection, attention, projection on a CPU is all that is to be computed, and in one dtype."""
+        """Whether projection, attention, projection on a CPU is all that is to be computed.
+
+        In half precision gradients of parameters that are added up piece by piece would be rounded at every piece.
+        """
         last: torch.nn.Module = self.out_proj
         return (
             x.device.type == "cpu"
+            and x.dtype in (torch.float32, torch.float64)
             and x.shape[0] > 0
             and self.interaction == "softmax"
             and self.sampling.estimator == "plain"

@@ -14,6 +14,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -341,11 +342,15 @@ class Worker {
 // Every task once. Where there are enough, the heads of a batch go to one thread, which has their rows in its cache.
 template <class Work> void run(const Batches& all, bool backward, Work work) {
   const int64_t tasks = all.batches * all.heads, together = all.batches < 2 * all.threads ? 1 : all.heads;
-#pragma omp parallel num_threads(std::min(all.threads, tasks / together))
+  // Always as many threads as torch has: a team of another size would be made anew (pytorch/pytorch#32008).
+#pragma omp parallel num_threads(all.threads) if (tasks > 1)
   {
-    Worker worker(all, backward);
+    std::optional<Worker> worker;  // of a thread that has something to do
 #pragma omp for schedule(dynamic, together)
-    for (int64_t task = 0; task < tasks; ++task) work(worker, task);
+    for (int64_t task = 0; task < tasks; ++task) {
+      if (!worker) worker.emplace(all, backward);
+      work(*worker, task);
+    }
   }
 }
 
