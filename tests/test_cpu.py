@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,20 @@ def test_strides_of_a_projection_and_no_tokens() -> None:
     assert lse.shape == (0, 2)
 
 
+def test_dropout_does_not_depend_on_where_tokens_stand() -> None:
+    """In batch order the same positions have the same fate, whether tokens stand there or are gathered."""
+    query, key, _ = (x.detach() for x in qkv(64))
+    part = rb.random_partition(64, 16, seed=0)
+    kept = []
+    for order, used in ((torch.arange(64), part), (part.order, part.packed())):
+        torch.manual_seed(5)
+        units = torch.eye(64)[order].unsqueeze(1).expand(-1, 2, -1)
+        options = {"partition": used, "dropout_p": 0.3, "backend": "cpu"}
+        kept.append(rb.random_batch_attention(query[order], key[order], units, **options) > 0)
+    assert not kept[0].all()
+    assert torch.equal(kept[0][part.order], kept[1])
+
+
 THREADS = """
 import torch, randbatch as rb
 torch.manual_seed(0)
@@ -100,8 +115,6 @@ def test_the_same_bits_under_any_number_of_threads() -> None:
     ],
 )
 def test_it_says_why_not(change: dict, reason: str) -> None:
-    from dataclasses import replace
-
     assert reason in str(BACKENDS["cpu"].why_not(replace(PROBLEM, **change)))
 
 

@@ -141,17 +141,6 @@ def test_dropout_drops_at_random_and_scales_the_rest(backend: str) -> None:
     assert torch.equal(got, dropped_weights(backend, query, key, part, seed=5))
 
 
-def test_dropout_does_not_depend_on_where_tokens_stand(backend: str) -> None:
-    """In batch order the same positions have the same fate, whether tokens stand there or are gathered."""
-    if backend == "triton":
-        pytest.skip("there it goes by tokens")
-    query, key, _ = qkv(64)
-    part = rb.random_partition(64, 16, seed=0)
-    gathered = dropped_weights(backend, query, key, part, seed=5) > 0
-    standing = dropped_weights(backend, query[part.order], key[part.order], part.packed(), seed=5) > 0
-    assert torch.equal(gathered[:, part.order][:, :, part.order], standing)
-
-
 @pytest.mark.parametrize(("num_tokens", "batch_size"), [(40, 20), (70, 70)])
 def test_gradients_with_dropout_are_those_of_the_same_mask(backend: str, num_tokens: int, batch_size: int) -> None:
     inputs = qkv(num_tokens)

@@ -1,8 +1,7 @@
 """Projection, attention in random batches, projection on a CPU: one function, a few batches at a time.
 
 A piece of the tokens passes through all three while the cache holds it, so that queries, keys and values of all tokens
-are never in memory. Backward projects a piece once more, which costs less than to write and read what it makes. Kept
-are the input, the attention and its log-sum-exp.
+are never in memory. Backward projects a piece once more. Kept are the input, the attention and its log-sum-exp.
 
 A GPU has the memory bandwidth to do without, and its fused kernel takes the tokens where they stand.
 
