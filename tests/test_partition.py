@@ -191,3 +191,34 @@ def test_bad_rows() -> None:
         part.scatter(torch.zeros(3, 3, 2))
     with pytest.raises(TypeError, match="seed must be an int"):
         rb.random_partition(10, 4, seed="a")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("batch", [None, torch.arange(50) % 3])
+def test_pieces_are_the_batches_in_their_order(batch: torch.Tensor | None) -> None:
+    part = rb.random_partition(50, 7, batch=batch, seed=1)
+    tokens = iter(part.order.tolist())
+    seen = 0
+    for rows, piece in part.chunks(3):
+        check_partition(piece, len(rows), 7)
+        widths = [width for count, width in piece.groups for _ in range(count)]
+        starts, found = piece.starts_and_widths()
+        assert found.tolist() == widths
+        assert starts.tolist() == [sum(widths[:i]) for i in range(len(widths))]
+        assert rows.tolist() == [next(tokens) for _ in range(sum(widths))]
+        if batch is not None:
+            assert piece.set_of_batch.tolist() == batch[rows[starts]].tolist()
+        seen += len(widths)
+    assert seen == part.num_batches
+    assert next(tokens, None) is None
+
+
+def test_what_inference_has_worked_out_serves_training() -> None:
+    """Positions and batches are remembered; those that are made in inference mode could not be saved for backward."""
+    x = torch.randn(20, 2, 16, requires_grad=True)
+    for backend in ("sdpa", "cpu"):
+        part = rb.random_partition(20, 6, seed=0)
+        with torch.inference_mode():
+            want = rb.random_batch_attention(x, x, x, partition=part, backend=backend)
+        out = rb.random_batch_attention(x, x, x, partition=part, backend=backend)
+        assert torch.equal(out, want)
+        out.sum().backward()

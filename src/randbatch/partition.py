@@ -95,7 +95,8 @@ class Partition:
     @cached_property
     def inverse(self) -> Int[Tensor, " n"]:
         """int64 `[N]`: the position of each token in batch order."""
-        return self._invert()
+        with torch.inference_mode(False):  # it stays, and training may be next to want it
+            return self._invert()
 
     def _invert(self) -> Tensor:
         positions = torch.arange(self.num_tokens, device=self.order.device)
@@ -149,17 +150,16 @@ class Partition:
     def chunks(self, num_batches: int) -> Iterator[tuple[Int[Tensor, " n"], Partition]]:
         """At most `num_batches` batches at a time: their tokens, and the partition of these tokens in that order."""
         whole = self.part_of or self
-        start = 0
+        start, piece = 0, None
         for first in range(0, self.num_batches, num_batches):
             rows = slice(first, first + num_batches)
             groups = _some_groups(self.groups, rows.start, rows.stop)
             num_tokens = sum(rows * width for rows, width in groups)
-            positions = torch.arange(num_tokens, device=self.order.device)
-            sets = None if self.set_of_batch is None else self.set_of_batch[rows]
-            yield (
-                self.order[start : start + num_tokens],
-                Partition(positions, groups, sets, self.set_sizes, in_order=True, part_of=whole),
-            )
+            if piece is None or groups != piece.groups or self.set_of_batch is not None:  # most are the same
+                positions = torch.arange(num_tokens, device=self.order.device)
+                sets = None if self.set_of_batch is None else self.set_of_batch[rows]
+                piece = Partition(positions, groups, sets, self.set_sizes, in_order=True, part_of=whole)
+            yield self.order[start : start + num_tokens], piece
             start += num_tokens
 
     def spread(self, values: Shaped[Tensor, "m ..."]) -> Shaped[Tensor, "n ..."]:
@@ -171,6 +171,14 @@ class Partition:
 
     def starts_and_widths(self) -> tuple[Int[Tensor, " m"], Int[Tensor, " m"]]:
         """Where each batch begins in batch order, and how many tokens it has; int64 `[M]` each."""
+        return self._find_starts_and_widths() if torch.compiler.is_compiling() else self._starts_and_widths
+
+    @cached_property
+    def _starts_and_widths(self) -> tuple[Tensor, Tensor]:
+        with torch.inference_mode(False):
+            return self._find_starts_and_widths()
+
+    def _find_starts_and_widths(self) -> tuple[Tensor, Tensor]:
         rows = torch.tensor([rows for rows, _ in self.groups], dtype=torch.int64)
         widths = torch.tensor([width for _, width in self.groups], dtype=torch.int64)
         widths = widths.repeat_interleave(rows, output_size=self.num_batches)
