@@ -130,11 +130,11 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_it_is_compiled_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert build.why_not_built(16, 16) is None
+    assert ops.why_not_built_for(16, 16) is None
     (made,) = fresh.iterdir()
     when = made.stat().st_mtime_ns
     build._build.cache_clear()
-    assert build.why_not_built(16, 16) is None
+    assert ops.why_not_built_for(16, 16) is None
     assert [(path, path.stat().st_mtime_ns) for path in fresh.iterdir()] == [(made, when)]
     assert fresh.stat().st_mode & 0o077 == 0
 
@@ -160,5 +160,5 @@ def test_a_compiler_that_fails_is_told(fresh: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_cache_of_somebody_else_is_not_used(fresh: Path) -> None:
     fresh.parent.joinpath("randbatch").write_text("a file where the folder should be")
-    assert build.why_not_built(16, 16) is None
+    assert ops.why_not_built_for(16, 16) is None
     assert build._folder() != fresh

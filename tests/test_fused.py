@@ -80,11 +80,13 @@ def test_backward_takes_the_output_of_attention_over_more_keys(backend: str) -> 
     grad, out = torch.randn(2, 30, 2, 16).unbind()
     lse = 3 + torch.rand(30, 2)
     tensors = (grad, *(x.detach() for x in inputs), out, lse)
-    got = BACKENDS[backend].backward(*tensors, part, problem)
+    want = tuple(torch.empty(30, 2, 16, dtype=torch.float64) for _ in range(3))
     exact_problem = replace(problem, dtype=torch.float64)
-    want = BACKENDS["reference"].backward(*(x.double() for x in tensors), part, exact_problem)
-    for ours, exact in zip(got, want, strict=True):
-        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-6)
+    BACKENDS["reference"].backward(*(x.double() for x in tensors), part, exact_problem, want)
+    for got in (torch.full((3, 30, 2, 16), torch.nan), torch.full((30, 3, 2, 16), torch.nan).transpose(0, 1)):
+        BACKENDS[backend].backward(*tensors, part, problem, got.unbind())
+        for ours, exact in zip(got, want, strict=True):
+            torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-6)
 
 
 def test_large_logits_stay_finite(backend: str) -> None:
@@ -207,9 +209,8 @@ def test_opcheck(backend: str, dropout_p: float, shift: bool) -> None:
     detached = [x.detach() for x in values[:3]]
     out, lse = OPERATORS[backend].attend(*detached, *values[3:])
     for grad_lse in (None, torch.randn_like(lse)):
-        torch.library.opcheck(
-            OPERATORS[backend].backward, (torch.randn_like(out), grad_lse, *detached, out, lse, *values[3:])
-        )
+        tensors = torch.randn_like(out), grad_lse, *detached, out, lse
+        torch.library.opcheck(OPERATORS[backend].backward, (*tensors, *values[3:]))
 
 
 COMPILED = """

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from randbatch._memory import free_bytes
-from randbatch._rows import take_rows
+from randbatch._rows import put_rows, take_rows
 from randbatch._shapes import Int
 from randbatch.partition import Partition
 
@@ -180,7 +180,7 @@ class _Stream(torch.autograd.Function):
                 more = job.function(piece, *(take_rows(x, rows) for x in tensors))
                 if out is None:
                     out = more.new_empty(job.part.num_tokens, *more.shape[1:])
-                out.index_copy_(0, rows, more)
+                put_rows(out, rows, more)
         assert out is not None  # there is at least one batch
         ctx.save_for_backward(*saved)
         ctx.job = job

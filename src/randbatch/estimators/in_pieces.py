@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from randbatch._rows import take_rows
+from randbatch._rows import put_rows, take_rows
 from randbatch._shapes import Float, Int
 from randbatch.estimators import pick_estimator
 from randbatch.estimators.met import log_kappa, merge, own_logit
@@ -202,8 +202,8 @@ def _merge_pieces(job: _Job) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
             lse = more_lse.new_full(shape, -torch.inf)
             met, others = (torch.zeros(shape[0], dtype=torch.int64, device=rows.device) for _ in range(2))
         merged = merge(take_rows(out, rows), take_rows(lse, rows), more, more_lse)
-        out.index_copy_(0, rows, merged[0])
-        lse.index_copy_(0, rows, merged[1])
+        put_rows(out, rows, merged[0])
+        put_rows(lse, rows, merged[1])
         met.index_add_(0, rows, piece.count_met())
         others.index_copy_(0, rows, piece.count_others())
     assert out is not None and lse is not None and met is not None and others is not None
@@ -214,8 +214,8 @@ def _merge_pieces(job: _Job) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
         own = own_logit(q, k, job.backend_of(q, v)[1].scale)
         kept = _kept(own, job.options.dropout_p)
         merged = merge(take_rows(out, rows), take_rows(lse + weight, rows), kept * v, own)
-        out.index_copy_(0, rows, merged[0])
-        lse.index_copy_(0, rows, merged[1])
+        put_rows(out, rows, merged[0])
+        put_rows(lse, rows, merged[1])
     return out, lse, weight, dtype
 
 
@@ -250,7 +250,9 @@ def _pull_back(
             return [more, more_lse], [share.to(more.dtype), (share * (more - out)).sum(dim=-1)]
     query, key, value = (x.detach() for x in projected)
     backend, problem = job.backend_of(query, value)
-    return projected, backend.backward(grad, query, key, value, out, lse, piece, problem)
+    grads = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    backend.backward(grad, query, key, value, out, lse, piece, problem, grads)
+    return projected, grads
 
 
 def _pull_back_own(

@@ -149,8 +149,9 @@ class _AttendToMet(torch.autograd.Function):
         own = (own_logit(query, key, scale) - lse).exp().unsqueeze(-1)  # the weight of oneself
         to_own = own * (grad.to(own.dtype) * (value - out)).sum(dim=-1, keepdim=True) * scale
         totals = [to_own * key, to_own * query, own * grad]
+        more = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
         for part in ctx.rounds:
-            more = ctx.backend.backward(grad, query, key, value, out, lse - weight, part, ctx.problem)
+            ctx.backend.backward(grad, query, key, value, out, lse - weight, part, ctx.problem, more)
             totals = [total + gradient for total, gradient in zip(totals, more, strict=True)]
         return *(total.to(query.dtype) for total in totals), None, None, None, None
 

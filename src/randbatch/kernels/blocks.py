@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from randbatch._shapes import Float, Shaped
-from randbatch.kernels.backend import Backend, OwnShift
+from randbatch.kernels.backend import Backend, Grads, OwnShift
 from randbatch.kernels.problem import Problem
 from randbatch.partition import Partition
 
@@ -83,7 +83,8 @@ def in_blocks(
         lse: Float[Tensor, "n h"],
         part: Partition,
         problem: Problem,
-    ) -> tuple[Float[Tensor, "n h d"], Float[Tensor, "n h d"], Float[Tensor, "n h dv"]]:
+        grads: Grads,
+    ) -> None:
         def each(_: int, *block: Tensor) -> tuple[Tensor, ...]:
             if _is_lonely(block[1], problem):
                 return tuple(torch.zeros_like(tensor) for tensor in block[1:4])
@@ -91,8 +92,8 @@ def in_blocks(
             return backward_block(grad, query, key, value, out, lse, problem)
 
         tensors = (grad, query, key, value, out, lse)
-        grad_query, grad_key, grad_value = over_blocks(part, each, *tensors)
-        return grad_query, grad_key, grad_value
+        for to, found in zip(grads, over_blocks(part, each, *tensors), strict=True):
+            to.copy_(found)
 
     return Backend(why_not, attend, forward, backward)
 

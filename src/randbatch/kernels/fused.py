@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from randbatch._shapes import Float, Int
-from randbatch.kernels.backend import Backend, OwnShift
+from randbatch.kernels.backend import Backend, Grads, OwnShift
 from randbatch.kernels.problem import Problem
 from randbatch.partition import Partition
 
@@ -54,19 +54,21 @@ class Batches:
 RunForward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Batches], None]
 """`(query, key, value, out, lse, batches)`: fills out `[N, H, E]` and the fp32 log-sum-exp `[N, H]`, both dense."""
 
-RunBackward = Callable[
-    [Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor], Batches], None
-]
+RunBackward = Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor, Grads, Batches], None]
 """`(grad, grad_lse, query, key, value, out, lse, grads, batches)`: fills the gradients of query, key and value, for
 weights `exp(logit − lse)`; out and lse may be those of attention over more keys. No gradient of lse is 0."""
 
 
 @dataclass(frozen=True)
 class Operators:
-    """`attend(query, key, value, *batches)` → out, lse; `backward(grad, grad_lse, query, …, lse, *batches)`."""
+    """`attend(query, key, value, *batches)` → out, lse; `backward(grad, grad_lse, query, …, lse, *batches)`.
+
+    `fill_gradients` is the second as a plain function of eager mode, which writes into tensors that there are.
+    """
 
     attend: Any
     backward: Any
+    fill_gradients: Callable[..., None]
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -86,7 +88,8 @@ def define_operators(name: str, run_forward: RunForward, run_backward: RunBackwa
     def attend_fake(query: Tensor, key: Tensor, value: Tensor, *batches: Any) -> tuple[Tensor, Tensor]:
         return value.new_empty(value.shape), query.new_empty(query.shape[:2], dtype=torch.float32)
 
-    def backward(
+    def fill_gradients(
+        grads: Grads,
         grad: Tensor,
         grad_lse: Tensor | None,
         query: Tensor,
@@ -95,11 +98,16 @@ def define_operators(name: str, run_forward: RunForward, run_backward: RunBackwa
         out: Tensor,
         lse: Tensor,
         *batches: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        grads = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    ) -> None:
         to_lse = None if grad_lse is None else grad_lse.contiguous()
         tensors = _dense(grad), to_lse, _dense(query), _dense(key), _dense(value), out.contiguous(), lse.contiguous()
         run_backward(*tensors, grads, Batches(*batches))
+
+    def backward(
+        grad: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grads = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+        fill_gradients(grads, grad, grad_lse, query, key, value, *rest)
         return grads
 
     def backward_fake(
@@ -136,6 +144,7 @@ def define_operators(name: str, run_forward: RunForward, run_backward: RunBackwa
                 " -> (Tensor, Tensor, Tensor)"
             ),
         ),
+        fill_gradients,
     )
     operators.attend.register_fake(attend_fake)
     operators.attend.register_autograd(differentiate, setup_context=save)
@@ -200,9 +209,15 @@ def fused(why_not: Callable[[Problem], str | None], operators: Operators) -> Bac
         lse: Float[Tensor, "n h"],
         part: Partition,
         problem: Problem,
-    ) -> tuple[Float[Tensor, "n h d"], Float[Tensor, "n h d"], Float[Tensor, "n h dv"]]:
+        grads: Grads,
+    ) -> None:
         shift = _shift(query, part, problem, None)
-        tensors = (grad, None, query, key, value, out, lse)
-        return operators.backward(*tensors, *_batches(part), shift, None, problem.scale, 0.0)
+        args = (grad, None, query, key, value, out, lse, *_batches(part), shift, None, problem.scale, 0.0)
+        if not torch.compiler.is_compiling():
+            operators.fill_gradients(grads, *args)
+            return
+        # by the functional operator: of one that writes into its arguments, inductor (2.13) lost the arguments
+        for to, found in zip(grads, operators.backward(*args), strict=True):
+            to.copy_(found)
 
     return Backend(why_not, attend, forward, backward)

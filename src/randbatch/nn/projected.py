@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from randbatch._shapes import Float, Int
 from randbatch.kernels import Backend, Problem
+from randbatch.kernels.cpu import put_rows
 from randbatch.partition import Partition
 
 __all__ = ["attend_projected", "batches_of_a_piece"]
@@ -51,6 +51,28 @@ class _Attention:
         return x.unflatten(1, (parts, self.num_heads, -1)).unbind(1)
 
 
+class _Room:
+    """Tensors of a piece by name, written over by the next piece: fresh memory takes as long as what is put there."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._held: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, num_tokens: int, channels: int) -> Float[Tensor, "n c"]:
+        if name not in self._held:  # the first piece is the largest
+            self._held[name] = self._like.new_empty(num_tokens, channels)
+        return self._held[name][:num_tokens]
+
+    def take(self, name: str, x: Float[Tensor, "all c"], rows: Int[Tensor, " n"]) -> Float[Tensor, "n c"]:
+        return torch.index_select(x, 0, rows, out=self(name, len(rows), x.shape[1]))
+
+    def multiply(
+        self, name: str, x: Float[Tensor, "n a"], factor: Float[Tensor, "a b"], bias: Float[Tensor, " b"] | None = None
+    ) -> Float[Tensor, "n b"]:
+        into = self(name, len(x), factor.shape[1])
+        return torch.mm(x, factor, out=into) if bias is None else torch.addmm(bias, x, factor, out=into)
+
+
 class _Projected(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -61,12 +83,13 @@ class _Projected(torch.autograd.Function):
         out_bias: Tensor | None,
         how: _Attention,
     ) -> tuple[Tensor, ...]:
-        result = torch.empty_like(x)
+        result, room = torch.empty_like(x), _Room(x)
         kept: list[Tensor] = []
         for rows, piece in how.pieces(x):
-            query, key, value = how.split(F.linear(x.index_select(0, rows), in_weight, in_bias), 3)
+            projected = room.multiply("projected", room.take("x", x, rows), in_weight.mT, in_bias)
+            query, key, value = how.split(projected, 3)
             out, lse = how.backend.forward(query, key, value, piece, how.problem)
-            result.index_copy_(0, rows, F.linear(out.flatten(1), out_weight, out_bias))
+            put_rows(result, rows, room.multiply("result", out.flatten(1), out_weight.mT, out_bias))
             kept += out, lse
         return result, *kept
 
@@ -84,19 +107,23 @@ class _Projected(torch.autograd.Function):
         x, in_weight, in_bias, out_weight, out_bias, *kept = ctx.saved_tensors
         of_x, *of_parameters = ctx.needs_input_grad[:5]
         to_x = torch.empty_like(x) if of_x else None
+        room = _Room(x)
         totals = [
             torch.zeros_like(parameter) if needed else None
             for parameter, needed in zip((in_weight, in_bias, out_weight, out_bias), of_parameters, strict=True)
         ]
         to_in, to_in_bias, to_out, to_out_bias = totals
         for (rows, piece), out, lse in zip(how.pieces(x), kept[::2], kept[1::2], strict=True):
-            rows_of_x, of_result = x.index_select(0, rows), grads[0].index_select(0, rows)
-            query, key, value = how.split(F.linear(rows_of_x, in_weight, in_bias), 3)
-            (of_out,) = how.split(of_result @ out_weight)
-            of_heads = how.backend.backward(of_out, query, key, value, out, lse, piece, how.problem)
-            of_projected = torch.cat([each.flatten(1) for each in of_heads], dim=1)
+            rows_of_x, of_result = room.take("x", x, rows), room.take("of_result", grads[0], rows)
+            projected = room.multiply("projected", rows_of_x, in_weight.mT, in_bias)
+            query, key, value = how.split(projected, 3)
+            (of_out,) = how.split(room.multiply("of_out", of_result, out_weight))
+            of_projected = room("of_projected", *projected.shape)
+            to_query, to_key, to_value = how.split(of_projected, 3)
+            of_heads = to_query, to_key, to_value
+            how.backend.backward(of_out, query, key, value, out, lse, piece, how.problem, of_heads)
             if to_x is not None:
-                to_x.index_copy_(0, rows, of_projected @ in_weight)
+                put_rows(to_x, rows, room.multiply("of_x", of_projected, in_weight))
             _add(to_in, to_in_bias, of_projected, rows_of_x)
             _add(to_out, to_out_bias, of_result, out.flatten(1))
         return to_x, *totals, None

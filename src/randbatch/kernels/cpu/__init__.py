@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 
 from randbatch.kernels.cpu import ops
-from randbatch.kernels.cpu.build import why_not_built
+from randbatch.kernels.cpu.rows import put_rows
 from randbatch.kernels.fused import fused
 from randbatch.kernels.problem import Problem
 
-__all__ = ["BACKEND"]
+__all__ = ["BACKEND", "put_rows"]
 
 _MAX_SIZE = 256
 
@@ -29,7 +29,7 @@ def why_not(problem: Problem) -> str | None:
 
 @torch.compiler.assume_constant_result  # torch.compile need not understand how a compiler is called
 def _why_not_built(head_size: int, value_size: int) -> str | None:
-    return why_not_built(*ops.padded(head_size, value_size))
+    return ops.why_not_built_for(head_size, value_size)
 
 
 BACKEND = fused(why_not, ops.OPERATORS)

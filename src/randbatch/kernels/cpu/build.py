@@ -1,4 +1,4 @@
-"""Compiles attention.cpp on the machine that runs it, once; later processes find the result in the user's cache.
+"""Compiles the C++ beside it on the machine that runs it, once; later processes find the result in the user's cache.
 
 The cache is `$XDG_CACHE_HOME/randbatch`, by default `~/.cache/randbatch`; a file in it is named by all that it depends
 on: the source, the command, the compiler and the processor. `$CXX` names the compiler; without it the first of c++, g++
@@ -22,7 +22,6 @@ from pathlib import Path
 
 __all__ = ["library", "why_not_built"]
 
-_SOURCE = Path(__file__).with_name("attention.cpp")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp")  # torch's threads are OpenMP's too
 
 
@@ -61,42 +60,43 @@ def _folder() -> Path:
 
 
 @cache
-def _build(head_size: int, value_size: int) -> ctypes.CDLL | str:
-    """The library for heads of at most these sizes, or why there is none."""
+def _build(name: str, *defines: str) -> ctypes.CDLL | str:
+    """The library, or why there is none."""
     if os.name != "posix":
         return f"it is for Linux and other POSIX systems, got {platform.system()}"
     compiler = _compiler()
     if compiler is None:
         return "it needs a C++ compiler with OpenMP: install g++ or clang++, or name one in $CXX"
-    command = [*compiler, *_FLAGS, f"-DSIZE_D={head_size}", f"-DSIZE_E={value_size}"]
+    source = Path(__file__).with_name(f"{name}.cpp")
+    command = [*compiler, *_FLAGS, *(f"-D{define}" for define in defines)]
     try:
         version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
-        parts = (_SOURCE.read_bytes(), shlex.join(command).encode(), version, _processor().encode())
-        path = _folder() / f"attention-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:24]}.so"
+        parts = (source.read_bytes(), shlex.join(command).encode(), version, _processor().encode())
+        path = _folder() / f"{name}-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:24]}.so"
         if not path.exists():
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
                 made = Path(folder) / path.name
-                subprocess.run([*command, str(_SOURCE), "-o", str(made)], capture_output=True, check=True)
+                subprocess.run([*command, str(source), "-o", str(made)], capture_output=True, check=True)
                 made.replace(path)
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.CalledProcessError) as error:
         said = error.stderr.decode(errors="replace").strip() if isinstance(error, subprocess.CalledProcessError) else ""
         reason = f"`{shlex.join(command)}` failed: {said.splitlines()[-1] if said else error}"
         warnings.warn(
-            f"the compiled CPU backend could not be built, torch's attention is taken instead; {reason}", stacklevel=2
+            f"{source.name} could not be built, torch's own functions are taken instead; {reason}", stacklevel=2
         )
         return reason
 
 
-def why_not_built(head_size: int, value_size: int) -> str | None:
-    """None once it is built for these sizes, otherwise the reason."""
-    built = _build(head_size, value_size)
+def why_not_built(name: str, *defines: str) -> str | None:
+    """None once `NAME.cpp` is built with these definitions, otherwise the reason."""
+    built = _build(name, *defines)
     return built if isinstance(built, str) else None
 
 
-def library(head_size: int, value_size: int) -> ctypes.CDLL:
-    """`attend_forward` and `attend_backward` of attention.cpp."""
-    built = _build(head_size, value_size)
+def library(name: str, *defines: str) -> ctypes.CDLL:
+    """The functions of `NAME.cpp`, with these definitions."""
+    built = _build(name, *defines)
     if isinstance(built, str):
         raise RuntimeError(built)
     return built

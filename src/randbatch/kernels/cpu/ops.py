@@ -7,18 +7,24 @@ import ctypes
 import torch
 from torch import Tensor
 
-from randbatch.kernels.cpu.build import library
+from randbatch.kernels.backend import Grads
+from randbatch.kernels.cpu.build import library, why_not_built
 from randbatch.kernels.fused import Batches, define_operators
 
-__all__ = ["OPERATORS", "padded"]
+__all__ = ["OPERATORS", "why_not_built_for"]
 
 _LANES = 16  # of the longest vectors, AVX-512's
 
 
-def padded(head_size: int, value_size: int) -> tuple[int, int]:
-    """The sizes that are compiled for: few, since each takes a second or two."""
+def _sizes(head_size: int, value_size: int) -> tuple[str, str]:
+    """What is compiled for heads of these sizes: few libraries, since each takes a second or two."""
     size, other = (-(-size // _LANES) * _LANES for size in (head_size, value_size))
-    return size, other
+    return f"SIZE_D={size}", f"SIZE_E={other}"
+
+
+def why_not_built_for(head_size: int, value_size: int) -> str | None:
+    """None once it is built for heads of these sizes, otherwise the reason."""
+    return why_not_built("attention", *_sizes(head_size, value_size))
 
 
 class _Rows(ctypes.Structure):
@@ -66,7 +72,7 @@ def _call(name: str, batches: Batches, query: Tensor, value: Tensor, *args: ctyp
         batches.scale,
         batches.dropout_p,
     )
-    getattr(library(*padded(query.shape[2], value.shape[2])), name)(ctypes.byref(told), *args)
+    getattr(library("attention", *_sizes(query.shape[2], value.shape[2])), name)(ctypes.byref(told), *args)
 
 
 def _run_forward(query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, batches: Batches) -> None:
@@ -81,7 +87,7 @@ def _run_backward(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
-    grads: tuple[Tensor, Tensor, Tensor],
+    grads: Grads,
     batches: Batches,
 ) -> None:
     inputs = map(_rows, (query, key, value, out))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from randbatch.kernels.backend import Grads
 from randbatch.kernels.fused import Batches, define_operators
 from randbatch.kernels.triton.tiles import Launch, backward_launches, block_of, forward_launches
 
@@ -89,9 +90,10 @@ def _run_backward(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
-    grads: tuple[Tensor, Tensor, Tensor],
+    grads: Grads,
     batches: Batches,
 ) -> None:
+    dense: Any = tuple(x if x.is_contiguous() else x.new_empty(x.shape) for x in grads)
     num_heads = query.shape[1]
     delta = torch.empty_like(lse)
     strides = _strides(grad, query, key, value)
@@ -100,12 +102,15 @@ def _run_backward(
     of_queries, of_keys = backward_launches(batches.groups, query, value, batches.dropout_p > 0)
     with _guard(query.device):
         for launch in of_queries:
-            tensors = (grad, query, key, value, out, lse, grad_lse, *where, delta, *grads)
+            tensors = (grad, query, key, value, out, lse, grad_lse, *where, delta, *dense)
             more = {"WHOLE": launch.is_whole, "GRAD_LSE": grad_lse is not None}
             _run(_kernels().backward_of_queries, launch, num_heads, *tensors, *strides, **constants, **more)
         for launch in of_keys:
-            tensors = (grad, query, key, value, lse, delta, *where, *grads[1:])
+            tensors = (grad, query, key, value, lse, delta, *where, *dense[1:])
             _run(_kernels().backward_of_keys, launch, num_heads, *tensors, *strides, **constants)
+    for to, found in zip(grads, dense, strict=True):
+        if to is not found:
+            to.copy_(found)
 
 
 OPERATORS = define_operators("attend_triton", _run_forward, _run_backward)
