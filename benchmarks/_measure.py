@@ -1,6 +1,7 @@
 """Shared by the benchmarks: a case in a process of its own, rows with what they were made with."""
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -20,10 +21,10 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def in_a_process(script: str, *arguments: object) -> dict[str, Any]:
+def in_a_process(script: str, *arguments: object, **environment: str) -> dict[str, Any]:
     """Run `script` with arguments in a fresh process; the JSON of its last line."""
     command = [sys.executable, script, *map(str, arguments)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -1,6 +1,8 @@
 """Time and peak memory of the layer's forward and backward against N: both must be linear.
 
-Run `python benchmarks/linear_cost.py`. Every case runs in a process of its own; sizes are interleaved.
+Run `python benchmarks/linear_cost.py`. Every case runs in a process of its own; sizes are interleaved, each with pages
+of 4 kB, which are the default, and with huge pages (`THP_MEM_ALLOC_ENABLE=1`). Memory is the peak above that of a step
+of 4096 tokens: libraries, threads and their scratch are there whatever N is.
 """
 
 import argparse
@@ -16,6 +18,7 @@ from torch import nn
 from randbatch.nn import RandomBatchAttention
 
 CHANNELS, HEADS, BATCH_SIZE = 64, 4, 128
+PAGES = {"small": "0", "huge": "1"}  # to what THP_MEM_ALLOC_ENABLE is set
 
 
 def check() -> None:
@@ -27,45 +30,60 @@ def check() -> None:
     torch.testing.assert_close(ours(x), torchs(x, x, x, need_weights=False)[0], rtol=1e-4, atol=1e-5)
 
 
+def step(layer: nn.Module, x: torch.Tensor) -> float:
+    x.grad = None
+    start = time.perf_counter()
+    layer(x).sum().backward()
+    return time.perf_counter() - start
+
+
 def case(num_tokens: int, steps: int) -> dict[str, float]:
-    """One process: median seconds of a step, and the peak above the process before the layer was made."""
+    """One process: median seconds of a step, peak bytes, and the bytes that any N takes."""
     check()
     layer = RandomBatchAttention(CHANNELS, HEADS, BATCH_SIZE)
+    start = peak_bytes()
+    step(layer, torch.randn(4096, CHANNELS, requires_grad=True))
     before = peak_bytes()
     x = torch.randn(num_tokens, CHANNELS, requires_grad=True)
-    seconds = []
-    for _ in range(steps + 1):
-        x.grad = None
-        start = time.perf_counter()
-        layer(x).sum().backward()
-        seconds.append(time.perf_counter() - start)
-    return {"seconds": statistics.median(seconds[1:]), "bytes": peak_bytes() - before}
+    seconds = [step(layer, x) for _ in range(1 + max(steps, 2**20 // num_tokens))]
+    return {
+        "seconds": statistics.median(seconds[1:]),
+        "bytes": peak_bytes() - before,
+        "fixed_bytes": before - start,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--log2-tokens", type=int, nargs="+", default=[17, 18, 19, 20])
-    parser.add_argument("--steps", type=int, default=3, help="timed steps in each process")
+    parser.add_argument("--log2-tokens", type=int, nargs="+", default=[17, 18, 19, 20, 21, 22])
+    parser.add_argument("--steps", type=int, default=2, help="timed steps in each process, at least")
     parser.add_argument("--repeats", type=int, default=3, help="processes for each size")
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
         print(json.dumps(case(options.case, options.steps)))
         return
-    found: dict[int, list[dict[str, float]]] = {2**power: [] for power in options.log2_tokens}
+    sizes = [2**power for power in options.log2_tokens]
+    found: dict[tuple[str, int], list[dict[str, float]]] = {(pages, n): [] for n in sizes for pages in PAGES}
     for _ in range(options.repeats):
-        for num_tokens, rows in found.items():
-            rows.append(in_a_process(sys.argv[0], "--case", num_tokens, "--steps", options.steps))
+        for (pages, n), rows in found.items():
+            environment = {"THP_MEM_ALLOC_ENABLE": PAGES[pages]}
+            rows.append(in_a_process(sys.argv[0], "--case", n, "--steps", options.steps, **environment))
+    for pages in PAGES:
+        report(pages, {n: found[pages, n] for n in sizes})
+
+
+def report(pages: str, found: dict[int, list[dict[str, float]]]) -> None:
     medians = {n: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for n, rows in found.items()}
-    small, large = min(medians), max(medians)
-    print("| N | s / step | ns / token | peak MB | bytes / token |\n|---|---|---|---|---|")
+    print(f"{pages} pages\n| N | s / step | µs / token | peak MB | bytes / token |\n|---|---|---|---|---|")
     for n, row in medians.items():
-        per_token = f"{row['seconds'] / n * 1e9:.0f} | {row['bytes'] / 1e6:.0f} | {row['bytes'] / n:.0f}"
+        per_token = f"{row['seconds'] / n * 1e6:.2f} | {row['bytes'] / 1e6:.0f} | {row['bytes'] / n:.0f}"
         print(f"| {n} | {row['seconds']:.3f} | {per_token} |")
-    ratio = {key: medians[large][key] / medians[small][key] for key in ("seconds", "bytes")}
-    print(f"N × {large // small}: time × {ratio['seconds']:.2f}, memory × {ratio['bytes']:.2f}")
-    settings = {"channels": CHANNELS, "heads": HEADS, "batch_size": BATCH_SIZE, "dtype": "float32"}
-    write_row("linear_cost", {"settings": settings, "medians": medians, "ratio": ratio})
+    for name, key in (("time", "seconds"), ("memory", "bytes")):
+        each = [row[key] / n for n, row in medians.items()]
+        print(f"{name} per token: the largest is {max(each) / min(each):.2f} × the smallest")
+    settings = {"channels": CHANNELS, "heads": HEADS, "batch_size": BATCH_SIZE, "dtype": "float32", "pages": pages}
+    write_row("linear_cost", {"settings": settings, "medians": medians, "cases": found})
 
 
 if __name__ == "__main__":
