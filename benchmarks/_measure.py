@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -11,14 +10,14 @@ from typing import Any
 
 import torch
 
-from randbatch.train.machine import commit, versions
+from randbatch.train.machine import commit, peak_memory, versions
 
 RESULTS = Path(__file__).with_name("results")
 
 
 def peak_bytes() -> int:
-    """Peak resident memory of this process (Linux)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Peak resident memory of this process. On Linux not `ru_maxrss`, which starts at what the parent process held."""
+    return peak_memory(torch.device("cpu"))
 
 
 def in_a_process(script: str, *arguments: object, **environment: str) -> dict[str, Any]:

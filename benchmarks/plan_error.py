@@ -1,7 +1,7 @@
-"""What `randbatch plan` predicts against the peak that is measured, on six kinds of graph and model.
+"""What `randbatch plan` predicts against the peak that is measured, on seven kinds of graph and model.
 
 Run `python benchmarks/plan_error.py`. Every training is a process of its own; its peak is that of the resident memory
-(`ru_maxrss`) above the process before the features were made, after the same model was trained on a tiny graph, so that
+above the process before the features were made, after the same model was trained on a tiny graph, so that
 libraries have their buffers.
 """
 

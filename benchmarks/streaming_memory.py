@@ -3,7 +3,7 @@
 Run `python benchmarks/streaming_memory.py`. Each case is a process of its own. The baseline holds the same four tensors
 `[N, C]`, every page of them written, and has run the layer on a few tokens, so that libraries and kernels have their
 buffers. Then the two that the step makes itself (output and gradient of the input) are freed, their pages go back to
-the system, and the step runs: what the peak resident memory of the process (`ru_maxrss`, which never falls) is above
+the system, and the step runs: what the peak resident memory of the process (which never falls) is above
 the baseline is what the step needed beside the four.
 """
 
