@@ -147,6 +147,10 @@ def test_without_a_compiler_it_refuses_and_auto_goes_on(fresh: Path, monkeypatch
         rb.random_batch_attention(x, x, x, batch_size=5, backend="cpu")
     of_auto = rb.random_batch_attention(x, x, x, batch_size=5, seed=1)
     assert torch.equal(of_auto, rb.random_batch_attention(x, x, x, batch_size=5, seed=1, backend="sdpa"))
+    layer = rb.nn.RandomBatchAttention(32, 2, 5)
+    layer(x.flatten(1)).sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+    assert not fresh.exists()
 
 
 def test_a_compiler_that_fails_is_told(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
