@@ -4,6 +4,7 @@ Prints a JSON object: for each case None, or what went wrong.
 """
 
 import json
+import shutil
 import sys
 import traceback
 from collections.abc import Callable
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 import randbatch as rb
 from randbatch.models import GraphTransformer
 from randbatch.nn import RandomBatch, RandomBatchAttention
+from randbatch.partition import random_subsets
 
+CPP = shutil.which("g++") is not None  # inductor needs it
 torch.set_num_threads(1)
 GRAPHS = torch.arange(52) % 3
 EDGES = torch.randint(0, 52, (2, 150), generator=torch.Generator().manual_seed(0))
@@ -159,6 +162,7 @@ def check_operators() -> None:
     torch.library.opcheck(torch.ops.randbatch.attend_opaquely, (*qkv, torch.empty(0), *settings), test_utils=tests)
     order = (torch.empty(0), 52, 3, torch.device("cpu"))
     torch.library.opcheck(torch.ops.randbatch.random_order, order, test_utils=tests)
+    torch.library.opcheck(torch.ops.randbatch.random_keys, order[1:], test_utils=tests)
 
 
 def check_sizes() -> None:
@@ -171,6 +175,21 @@ def check_sizes() -> None:
             model.sampling.seed = seed
             x = torch.randn(size, 16)
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def check_partitions() -> None:
+    """Drawn inside a compiled function they are those of eager code: of one set, of several, subsets, rounds."""
+    graphs = torch.arange(52) % 3
+    draws: list[Callable[[], Tensor]] = [
+        lambda: rb.random_partition(52, 9, seed=1).order,
+        lambda: rb.random_partition(52, 9, batch=graphs, seed=-5).order,
+        lambda: random_subsets(52, 9, 4, seed=2**62 + 5),
+        lambda: torch.cat([part.order for part in rb.orthogonal_partitions(52, 9, 2, seed=1)]),
+    ]
+    for backend in ("inductor", "aot_eager") if CPP else ("aot_eager",):
+        for draw in draws:
+            torch._dynamo.reset()
+            assert torch.equal(torch.compile(draw, backend=backend)(), draw())
 
 
 def check_refusals() -> None:
@@ -188,7 +207,12 @@ def check_refusals() -> None:
     torch.testing.assert_close(broken(x, batch=GRAPHS), model(x, batch=GRAPHS))
 
 
-CHECKS = {"operators": check_operators, "sizes": check_sizes, "refusals": check_refusals}
+CHECKS = {
+    "operators": check_operators,
+    "sizes": check_sizes,
+    "partitions": check_partitions,
+    "refusals": check_refusals,
+}
 
 
 def main() -> None:

@@ -5,16 +5,14 @@ run-time checks of the other tests (`compiling.py`).
 """
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from compiling import CASES, CHECKS
+from compiling import CASES, CHECKS, CPP
 
 EVAL = ["flat", "rounds", "a wide seed", "exact", "exact graphs", "padding"]
-CPP = shutil.which("g++") is not None
 PLAN = [("aot_eager", True, list(CASES)), ("aot_eager", False, EVAL), ("inductor", True, ["model: sage"])]
 KEYS = [f"{name}, {backend}, {'train' if training else 'eval'}" for backend, training, names in PLAN for name in names]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -46,13 +48,30 @@ def draw_seed() -> int:
 
 def random_keys(num_tokens: int, seed: int, device: torch.device) -> Int[Tensor, " n"]:
     """Hash token numbers to int64 keys in [0, 2^63): splitmix64 started at the hashed seed."""
+    start = _signed(_mix(seed % _WORD))
+    if not torch.compiler.is_compiling():
+        return _random_keys(num_tokens, start, device)
+    operator: Any = torch.ops.randbatch.random_keys
+    return operator(num_tokens, start, device)
 
+
+def _random_keys(num_tokens: int, start: int, device: torch.device) -> Tensor:
     def xor_shift(keys: Tensor, shift: int) -> Tensor:
         # torch shifts int64 arithmetically; the mask makes the shift logical
         return keys.bitwise_xor_((keys >> shift).bitwise_and_((1 << (64 - shift)) - 1))
 
     keys = torch.arange(num_tokens, dtype=torch.int64, device=device)
-    keys.mul_(_signed(_GOLDEN)).add_(_signed(_mix(seed % _WORD)))  # int64 arithmetic wraps, on every device
+    keys.mul_(_signed(_GOLDEN)).add_(start)  # int64 arithmetic wraps, on every device
     for shift, factor in _MIX:
         xor_shift(keys, shift).mul_(_signed(factor))
     return xor_shift(keys, _LAST_SHIFT).bitwise_and_((1 << 63) - 1)
+
+
+def _random_keys_fake(num_tokens: int, start: int, device: torch.device) -> Tensor:
+    return torch.empty(num_tokens, dtype=torch.int64, device=device)
+
+
+# The compiler must not look into it: what inductor (2.13) makes of it on a CPU are other keys than eager code's.
+torch.library.define("randbatch::random_keys", "(SymInt num_tokens, int start, Device device) -> Tensor")
+torch.library.impl("randbatch::random_keys", "CompositeExplicitAutograd", _random_keys)
+torch.library.register_fake("randbatch::random_keys", _random_keys_fake)

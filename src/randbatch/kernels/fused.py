@@ -213,11 +213,6 @@ def fused(why_not: Callable[[Problem], str | None], operators: Operators) -> Bac
     ) -> None:
         shift = _shift(query, part, problem, None)
         args = (grad, None, query, key, value, out, lse, *_batches(part), shift, None, problem.scale, 0.0)
-        if not torch.compiler.is_compiling():
-            operators.fill_gradients(grads, *args)
-            return
-        # by the functional operator: of one that writes into its arguments, inductor (2.13) lost the arguments
-        for to, found in zip(grads, operators.backward(*args), strict=True):
-            to.copy_(found)
+        operators.fill_gradients(grads, *args)
 
     return Backend(why_not, attend, forward, backward)
