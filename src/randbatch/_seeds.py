@@ -9,7 +9,7 @@ from torch import Tensor
 
 from randbatch._shapes import Int
 
-__all__ = ["draw_seed", "fold_seed", "random_keys"]
+__all__ = ["draw_seed", "fold_seed", "hash_positions", "random_keys"]
 
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the stride of splitmix64's counter
 _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))  # splitmix64's shifts and multipliers
@@ -55,13 +55,25 @@ def random_keys(num_tokens: int, seed: int, device: torch.device) -> Int[Tensor,
     return operator(num_tokens, start, device)
 
 
+def hash_positions(positions: Int[Tensor, " n"], seed: int, salt: Int[Tensor, " n"] | None = None) -> Tensor:
+    """Hash any numbers as `random_keys` hashes 0 … N−1; tokens of one position and another `salt` differ."""
+    start = _signed(_mix(seed % _WORD))
+    counters = positions * _signed(_GOLDEN) + start
+    return _finish(counters if salt is None else counters.add_(salt))
+
+
 def _random_keys(num_tokens: int, start: int, device: torch.device) -> Tensor:
+    keys = torch.arange(num_tokens, dtype=torch.int64, device=device)
+    return _finish(keys.mul_(_signed(_GOLDEN)).add_(start))  # int64 arithmetic wraps, on every device
+
+
+def _finish(keys: Tensor) -> Tensor:
+    """Splitmix64's finalizer, in place; int64 in [0, 2^63)."""
+
     def xor_shift(keys: Tensor, shift: int) -> Tensor:
         # torch shifts int64 arithmetically; the mask makes the shift logical
         return keys.bitwise_xor_((keys >> shift).bitwise_and_((1 << (64 - shift)) - 1))
 
-    keys = torch.arange(num_tokens, dtype=torch.int64, device=device)
-    keys.mul_(_signed(_GOLDEN)).add_(start)  # int64 arithmetic wraps, on every device
     for shift, factor in _MIX:
         xor_shift(keys, shift).mul_(_signed(factor))
     return xor_shift(keys, _LAST_SHIFT).bitwise_and_((1 << 63) - 1)

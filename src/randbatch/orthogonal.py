@@ -10,9 +10,9 @@ begins again there, until a set fits into one batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 
 import torch
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from randbatch._checks import check_batch_vector, check_integer
 from randbatch._shapes import Int
-from randbatch.partition import Partition, by_size, draw_seed, random_partition, shuffle_sets
+from randbatch.partition import Partition, by_size, draw_seed, random_partition
+from randbatch.sets import set_sizes, shuffle_sets
 from randbatch.tracing import traced_partition
 
 __all__ = [
@@ -48,11 +49,11 @@ def _num_lines(num_tokens: int, batch_size: int) -> int:
     return _next_prime(max(-(-num_tokens // batch_size), math.isqrt(num_tokens - 1) + 1))
 
 
-def _each(sizes: Tensor, batch_size: int) -> Tensor:
-    """`_num_lines` of every entry."""
+def _each(sizes: Tensor, function: Callable[[int], int]) -> Tensor:
+    """`function` of every entry, called once for each value."""
     values, where = torch.unique(sizes, return_inverse=True)
-    lines = [_num_lines(size, batch_size) for size in values.tolist()]
-    return torch.tensor(lines, dtype=torch.int64, device=sizes.device)[where]
+    results = [function(size) for size in values.tolist()]
+    return torch.tensor(results, dtype=torch.int64, device=sizes.device)[where]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,11 +63,12 @@ class OrthogonalRounds:
     Args:
         num_tokens: N.
         batch_size: p >= 2, the most tokens in a batch.
-        rounds: R >= 1, in batches of p: as many rounds are made as let every token meet R (p − 1) others, or all
-            (where batches are of one or two, on average).
+        rounds: R >= 1, in batches of p: in each set as many rounds are made as let its tokens meet R (p − 1) others,
+            or all (where batches are of one or two, on average). Where a set is through, its tokens stand alone.
         batch: integers `[N]`, the set of each token.
         seed: the only source of randomness.
         device: where the index lives.
+        independent: whether two sets of one size are split differently, see `random_partition`.
     """
 
     num_tokens: int
@@ -75,9 +77,13 @@ class OrthogonalRounds:
     batch: Int[Tensor, " n"] | None = None
     seed: int = 0
     device: torch.device | None = None
+    independent: bool = False
 
     def __iter__(self) -> Iterator[Partition]:
-        parts = all_rounds(self.num_tokens, self.batch_size, self.batch, self.seed, self.device)
+        parts = all_rounds(
+            self.num_tokens, self.batch_size, self.batch, self.seed, self.device,
+            rounds=self.rounds, independent=self.independent,
+        )  # fmt: skip
         return islice(parts, partitions_of(self.rounds, self.num_tokens, self.batch_size, self.batch))
 
 
@@ -87,24 +93,28 @@ Rounds = Partition | OrthogonalRounds
 
 def partitions_of(rounds: int, num_tokens: int, batch_size: int, batch: Int[Tensor, " n"] | None = None) -> int:
     """How many partitions let every token meet R (p − 1) others, or all; on average, where lines may have one token."""
-    needed = 1
-    for size in _set_sizes(num_tokens, batch):
-        lines = _num_lines(size, batch_size)
-        if lines:  # a line may be shorter than p: two batches of more than √n tokens would share a pair
-            full, rest = divmod(size, lines)  # columns; a line has a token of each full one
-            met = full - 1 if full > 1 else (size**2 - full * lines**2 - rest**2) / (size * lines)
-            wanted = math.ceil(rounds * (batch_size - 1) / met)
-            needed = max(needed, wanted if wanted <= lines else _count(size, batch_size))
-    return needed
+    return max([1, *(_needed(size, batch_size, rounds) for size in _distinct_sizes(num_tokens, batch))])
+
+
+def _needed(size: int, batch_size: int, rounds: int) -> int:
+    """`partitions_of` one set."""
+    lines = _num_lines(size, batch_size)
+    if not lines:
+        return 1
+    # a line may be shorter than p: two batches of more than √n tokens would share a pair
+    full, rest = divmod(size, lines)  # columns; a line has a token of each full one
+    met = full - 1 if full > 1 else (size**2 - full * lines**2 - rest**2) / (size * lines)
+    wanted = math.ceil(rounds * (batch_size - 1) / met)
+    return wanted if wanted <= lines else _count(size, batch_size)
 
 
 def count_rounds(num_tokens: int, batch_size: int, batch: Int[Tensor, " n"] | None = None) -> int:
     """How many partitions `all_rounds` gives: after them every pair has met."""
-    return max([1, *(_count(size, batch_size) for size in _set_sizes(num_tokens, batch))])
+    return max([1, *(_count(size, batch_size) for size in _distinct_sizes(num_tokens, batch))])
 
 
-def _set_sizes(num_tokens: int, batch: Int[Tensor, " n"] | None) -> list[int]:
-    return [num_tokens] if batch is None else torch.bincount(batch).unique().tolist()
+def _distinct_sizes(num_tokens: int, batch: Int[Tensor, " n"] | None) -> list[int]:
+    return [num_tokens] if batch is None else set_sizes(batch).unique().tolist()
 
 
 def _count(num_tokens: int, batch_size: int) -> int:
@@ -125,7 +135,11 @@ def draw_rounds(
     seed: int | None = None,
     device: torch.device | None = None,
 ) -> Rounds:
-    """One random partition, or R orthogonal rounds; `seed=None` draws a seed from torch's default generator."""
+    """One random partition, or R orthogonal rounds.
+
+    `seed=None` draws a seed from torch's default generator, and then sets of one size are split differently.
+    """
+    independent = seed is None
     check_integer("rounds", rounds, 1)
     if seed is None and rounds == 1 and batch is None and num_tokens <= batch_size:
         seed = 0  # one batch: nothing to draw
@@ -133,41 +147,54 @@ def draw_rounds(
         return traced_partition(num_tokens, batch_size, batch, seed, device)
     seed = draw_seed() if seed is None else seed
     if rounds == 1:
-        return random_partition(num_tokens, batch_size, batch=batch, seed=seed, device=device)
+        return random_partition(num_tokens, batch_size, batch=batch, seed=seed, device=device, independent=independent)
     check_integer("batch_size", batch_size, 2)
-    return OrthogonalRounds(num_tokens, batch_size, rounds, batch, check_integer("seed", seed), device)
+    return OrthogonalRounds(num_tokens, batch_size, rounds, batch, check_integer("seed", seed), device, independent)
 
 
 def all_rounds(
-    num_tokens: int, batch_size: int, batch: Tensor | None, seed: int, device: torch.device | None
+    num_tokens: int,
+    batch_size: int,
+    batch: Tensor | None,
+    seed: int,
+    device: torch.device | None,
+    *,
+    rounds: int | None = None,
+    independent: bool = False,
 ) -> Iterator[Partition]:
-    """Every round there is, one after the other."""
+    """Every round there is, one after the other; tokens of a set that had its R `rounds` stand alone."""
     device = device if device is not None else (torch.device("cpu") if batch is None else batch.device)
-    order, sizes = shuffle_sets(num_tokens, None if batch is None else batch.to(device), seed, device)
+    order, sizes = shuffle_sets(
+        num_tokens, None if batch is None else batch.to(device), seed, device, independent=independent
+    )
     set_of_token = None if batch is None else torch.arange(sizes.numel(), device=device).repeat_interleave(sizes)
     # Of the cell that each token is in: where it begins in `order`, its size, its number of lines, the round there.
     size = sizes.repeat_interleave(sizes)
     start = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-    lines, turn = _each(size, batch_size), torch.zeros_like(size)
+    lines_of = partial(_num_lines, batch_size=batch_size)
+    lines, turn = _each(size, lines_of), torch.zeros_like(size)
+    allowed = None if rounds is None else _each(size, partial(_needed, batch_size=batch_size, rounds=rounds))
     position = torch.arange(num_tokens, device=device)
     done = size < 2
-    first = True
-    while first or not bool(done.all()):
+    made = 0
+    while made == 0 or not bool(done.all()):
         whole, rows = lines == 0, lines.clamp(min=1)
         column, row = (position - start) // rows, (position - start) % rows
         line = torch.where(whole, 0, (row - turn * column) % rows)
         key = torch.where(done, position, start + line)  # cells are disjoint ranges, and a cell has fewer lines than n
         by_key = torch.argsort(key, stable=True)
         batch_sizes = torch.unique_consecutive(key[by_key], return_counts=True)[1]
-        sets = None if set_of_token is None else set_of_token[by_key]
-        yield by_size(order[by_key], batch_sizes, sets, None if sets is None else sizes)
-        first = False
+        with torch.inference_mode(False):  # it may be kept, and training may be next to want it
+            sets = None if set_of_token is None else set_of_token[by_key]
+            part = by_size(order[by_key], batch_sizes.clone(), sets, None if sets is None else sizes.clone())
+        yield part
+        made += 1
         turn = turn + 1
         down = ~done & ~whole & (turn == lines)  # all lines are used: each column is a cell of its own
-        done = done | whole
+        done = done | whole if allowed is None else done | whole | (allowed <= made)
         start = torch.where(down, start + column * rows, start)
         size = torch.where(down, torch.minimum(rows, size - column * rows), size)
-        lines, turn = torch.where(down, _each(size, batch_size), lines), torch.where(down, 0, turn)
+        lines, turn = torch.where(down, _each(size, lines_of), lines), torch.where(down, 0, turn)
         done = done | (size < 2)
 
 

@@ -1,7 +1,8 @@
 """Random partitions of N tokens into batches of about p, and the moves between token order and batch order.
 
 A partition is a function of `(num_tokens, batch_size, batch, seed)` alone: it is the same on every device, under
-every thread count and on every rank. It is stored as a permutation and the batch sizes; since the permutation is a
+every thread count and on every rank. What a set (graph) gets depends on its size and the seed, not on its neighbours.
+It is stored as a permutation and the batch sizes; since the permutation is a
 bijection, the backward of a gather is again a gather (no sort, no atomics).
 
 Shape letters: N tokens, M batches, P slots per batch (the largest batch).
@@ -10,17 +11,19 @@ Shape letters: N tokens, M batches, P slots per batch (the largest batch).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from randbatch._check_partition import check_partition
 from randbatch._checks import check_batch_vector, check_integer
 from randbatch._rows import permute
 from randbatch._seeds import draw_seed, fold_seed, random_keys
 from randbatch._shapes import Bool, Int, Shaped
+from randbatch.sets import shuffle_sets
 
 __all__ = [
     "Partition",
@@ -30,7 +33,6 @@ __all__ = [
     "fold_seed",
     "random_partition",
     "random_subsets",
-    "shuffle_sets",
 ]
 
 
@@ -49,6 +51,11 @@ class Partition:
         set_sizes: int64 `[G]`, the number of tokens of each set; None if there is one set.
         in_order: whether tokens already stand in batch order, so that nothing has to be moved.
         part_of: the partition of which these are some of the batches; None if they are all.
+        is_checked: leave it at False, and all of this is checked, once, in O(N) time: kernels trust a partition.
+
+    Raises:
+        TypeError: `order`, `set_of_batch` or `set_sizes` is not int64, or `groups` are not pairs of ints.
+        ValueError: `order` is no permutation, or sizes do not add up.
 
     Example:
         >>> part = random_partition(5, 2)
@@ -65,6 +72,16 @@ class Partition:
     set_sizes: Int[Tensor, " g"] | None = None
     in_order: bool = False
     part_of: Partition | None = None
+    is_checked: bool = field(default=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.is_checked:
+            check_partition(self.order, self.groups, self.set_of_batch, self.set_sizes, self.in_order)
+            for name in ("order", "set_of_batch", "set_sizes"):
+                tensor = getattr(self, name)
+                if isinstance(tensor, Tensor) and tensor.is_inference():  # training may be next to want it
+                    with torch.inference_mode(False):
+                        object.__setattr__(self, name, tensor.clone())
 
     @property
     def num_tokens(self) -> int:
@@ -145,7 +162,7 @@ class Partition:
     def packed(self) -> Partition:
         """The same batches for tokens that stand in batch order: `packed().pack(x)` is `x`."""
         positions = torch.arange(self.num_tokens, device=self.order.device)
-        return replace(self, order=positions, in_order=True)
+        return replace(self, order=positions, in_order=True, is_checked=True)
 
     def chunks(self, num_batches: int) -> Iterator[tuple[Int[Tensor, " n"], Partition]]:
         """At most `num_batches` batches at a time: their tokens, and the partition of these tokens in that order."""
@@ -158,7 +175,7 @@ class Partition:
             if piece is None or groups != piece.groups or self.set_of_batch is not None:  # most are the same
                 positions = torch.arange(num_tokens, device=self.order.device)
                 sets = None if self.set_of_batch is None else self.set_of_batch[rows]
-                piece = Partition(positions, groups, sets, self.set_sizes, in_order=True, part_of=whole)
+                piece = Partition(positions, groups, sets, self.set_sizes, True, whole, is_checked=True)
             yield self.order[start : start + num_tokens], piece
             start += num_tokens
 
@@ -215,11 +232,12 @@ class Partition:
 
     def to(self, device: torch.device | str) -> Partition:
         """The same partition on another device."""
-        moved = {
-            name: None if tensor is None else tensor.to(device)
-            for name, tensor in (("set_of_batch", self.set_of_batch), ("set_sizes", self.set_sizes))
-        }
-        return replace(self, order=self.order.to(device), **moved)
+        with torch.inference_mode(False):
+            moved = {
+                name: None if tensor is None else tensor.to(device)
+                for name, tensor in (("set_of_batch", self.set_of_batch), ("set_sizes", self.set_sizes))
+            }
+            return replace(self, order=self.order.to(device), is_checked=True, **moved)
 
     def _check_rows(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         if tensor.shape[: len(shape)] != shape:
@@ -248,18 +266,6 @@ def balanced_groups(num_tokens: int, batch_size: int) -> tuple[tuple[int, int], 
     return tuple((rows, width) for rows, width in groups if rows)
 
 
-def shuffle_sets(num_tokens: int, batch: Tensor | None, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The tokens set after set, at random inside each, and the sizes of the sets that have tokens: `[N]`, `[G]`."""
-    keys = random_keys(num_tokens, seed, device)
-    if batch is None:
-        return torch.argsort(keys, stable=True), torch.full((1,), num_tokens, device=device)
-    counts = torch.bincount(batch)
-    set_bits = max(counts.numel() - 1, 0).bit_length()
-    # The set goes above the random bits, so one sort orders by set and at random inside it.
-    order = torch.argsort((keys >> set_bits) + (batch.long() << (63 - set_bits)), stable=True)
-    return order, counts[counts > 0]
-
-
 def _partition_sets(order: Tensor, counts: Tensor, batch_size: int) -> Partition:
     """Split each set into its own balanced batches; bring batches of equal size together."""
     set_of_token = torch.arange(counts.numel(), device=order.device).repeat_interleave(counts)
@@ -285,7 +291,7 @@ def by_size(order: Tensor, sizes: Tensor, set_of_token: Tensor | None, set_sizes
         sizes = sizes.sort(descending=True).values
     set_of_batch = None if set_of_token is None else set_of_token[sizes.cumsum(0) - sizes]
     groups = zip(reversed(rows.tolist()), reversed(widths.tolist()), strict=True)
-    return Partition(order, tuple(groups), set_of_batch, set_sizes)
+    return Partition(order, tuple(groups), set_of_batch, set_sizes, is_checked=True)
 
 
 def random_partition(
@@ -295,6 +301,7 @@ def random_partition(
     batch: Int[Tensor, " n"] | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
+    independent: bool = False,
 ) -> Partition:
     """Split N tokens at random into M = ceil(N / p) batches whose sizes differ by at most one.
 
@@ -308,6 +315,8 @@ def random_partition(
         batch: integers `[N]`, the graph of each token, in any order; graphs are never mixed. Default: one graph.
         seed: the only source of randomness. Any int.
         device: where the index lives. Default: the device of `batch`, otherwise the CPU. It does not change the result.
+        independent: whether two graphs of one size are split differently. Default: False, what a graph gets depends on
+            its size and the seed alone, whatever else is in `batch`; training draws independently.
 
     Returns:
         A `Partition` whose `index` is `[M, P]`.
@@ -329,16 +338,15 @@ def random_partition(
     batch_size = min(check_integer("batch_size", batch_size, 2), max(num_tokens, 1))
     check_integer("seed", seed)
     target = torch.device(device) if device is not None else (torch.device("cpu") if batch is None else batch.device)
-    if batch is not None:
-        check_batch_vector(batch, num_tokens, batch.device)
-        batch = batch.to(target)
-    if batch is None and num_tokens <= batch_size:  # one batch: nothing to draw
-        groups = balanced_groups(num_tokens, batch_size)
-        return Partition(torch.arange(num_tokens, device=target), groups, in_order=True)
-    order, counts = shuffle_sets(num_tokens, batch, seed, target)
-    if batch is not None:
-        return _partition_sets(order, counts, batch_size)
-    return Partition(order, balanced_groups(num_tokens, batch_size))
+    groups = balanced_groups(num_tokens, batch_size)
+    with torch.inference_mode(False):  # it may be kept, and training may be next to want it
+        if batch is not None:
+            check_batch_vector(batch, num_tokens, batch.device)
+            order, counts = shuffle_sets(num_tokens, batch.to(target), seed, target, independent=independent)
+            return _partition_sets(order, counts, batch_size)
+        if num_tokens <= batch_size:  # one batch: nothing to draw
+            return Partition(torch.arange(num_tokens, device=target), groups, in_order=True, is_checked=True)
+        return Partition(shuffle_sets(num_tokens, None, seed, target)[0], groups, is_checked=True)
 
 
 def random_subsets(

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from randbatch._seeds import draw_seed
 from randbatch._shapes import Int
-from randbatch.partition import Partition, balanced_groups, shuffle_sets
+from randbatch.partition import Partition, balanced_groups
+from randbatch.sets import shuffle_sets
 
 __all__ = ["UNTRACEABLE", "traced_partition"]
 
@@ -62,6 +63,6 @@ def traced_partition(
     if seed is not None and not -_INT64 <= seed < _INT64:
         seed = (seed + _INT64) % (2 * _INT64) - _INT64  # only its last 64 bits count
     if num_tokens <= batch_size:
-        return Partition(torch.arange(num_tokens, device=device), groups, in_order=True)
+        return Partition(torch.arange(num_tokens, device=device), groups, in_order=True, is_checked=True)
     operator: Any = torch.ops.randbatch.random_order
-    return Partition(operator(torch.empty(0), num_tokens, seed, device), groups)
+    return Partition(operator(torch.empty(0), num_tokens, seed, device), groups, is_checked=True)

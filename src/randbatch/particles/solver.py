@@ -79,7 +79,9 @@ def _rbm1(run: _Run, x: Tensor, step: int) -> Tensor:
     """A fresh partition; in each of its batches the interaction alone, afterwards every particle by itself."""
     rows = x.flatten(0, 1)
     seed = fold_seed(run.seed, step)
-    part = random_partition(len(rows), run.batch_size, batch=run.realisation, seed=seed, device=x.device)
+    part = random_partition(
+        len(rows), run.batch_size, batch=run.realisation, seed=seed, device=x.device, independent=True
+    )
     marks = (
         [None] * len(part.groups) if mark is None else part.split(part.pack(mark)) for mark in run.marks(x.shape[0])
     )
