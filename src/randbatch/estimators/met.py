@@ -16,11 +16,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from randbatch._autograd import pull_back
 from randbatch._shapes import Bool, Float, Int
 from randbatch.interactions import Options
-from randbatch.kernels import Backend, OwnShift, Problem, pick_backend
+from randbatch.kernels import BACKENDS, Backend, OwnShift, Problem, pick_backend
 from randbatch.partition import Partition
 
 __all__ = ["attend_to_met", "have_met_all", "log_kappa", "merge", "own_logit"]
@@ -44,8 +44,8 @@ def attend_to_met(
         return _attend_once(query, key, value, rounds, options, debias)
     problem = Problem.of(query, value, options.scale, options.dropout_p, need_lse=True, exclude_self=True)
     backend = pick_backend(options.backend, problem)
-    if problem.dropout_p > 0:
-        return _attend_with_dropout(query, key, value, rounds, debias, problem, backend)
+    if problem.dropout_p > 0 or problem.transformed:
+        return _attend_by_autograd(query, key, value, rounds, debias, problem, backend)
     out: Any = _AttendToMet.apply(query, key, value, rounds, debias, problem, backend)
     return out
 
@@ -137,13 +137,19 @@ class _AttendToMet(torch.autograd.Function):
         out, lse = merge(out, lse + weight, value, own)
         out = out.to(value.dtype)
         ctx.save_for_backward(query, key, value, out, lse, weight)
-        ctx.rounds, ctx.problem, ctx.backend = rounds, problem, backend
+        ctx.rounds, ctx.debias, ctx.problem, ctx.backend = rounds, debias, problem, backend
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         query, key, value, out, lse, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+
+            def formula(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+                how = ctx.rounds, ctx.debias, ctx.problem, BACKENDS["reference"]
+                return _attend_by_autograd(query, key, value, *how)
+
+            return *pull_back(formula, (query, key, value), grads), None, None, None, None
         (grad,) = grads
         scale = ctx.problem.scale
         own = (own_logit(query, key, scale) - lse).exp().unsqueeze(-1)  # the weight of oneself
@@ -161,7 +167,7 @@ def own_logit(query: Tensor, key: Tensor, scale: float) -> Float[Tensor, "n h"]:
     return (query.to(_wide(query)) * key).sum(dim=-1) * scale
 
 
-def _attend_with_dropout(
+def _attend_by_autograd(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -170,13 +176,15 @@ def _attend_with_dropout(
     problem: Problem,
     backend: Backend,
 ) -> Tensor:
-    """The same by autograd, which keeps the dropped weights of every round."""
+    """The same by autograd, which keeps the weights of every round: with dropout, and for every derivative."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor, part: Partition, problem: Problem) -> Any:
         return backend.attend(query, key, value, part, problem, None)
 
     out, lse, kappa = _merge_rounds(attend, (query, key, value), rounds, problem)
     own = own_logit(query, key, problem.scale)
-    kept = F.dropout(torch.ones_like(own), problem.dropout_p).unsqueeze(-1)
-    out, _ = merge(out, lse + (debias * kappa.unsqueeze(1)).to(lse.dtype), kept * value, own)
+    own_value = value
+    if problem.dropout_p > 0:
+        own_value = F.dropout(torch.ones_like(own), problem.dropout_p).unsqueeze(-1) * value
+    out, _ = merge(out, lse + (debias * kappa.unsqueeze(1)).to(lse.dtype), own_value, own)
     return out.to(value.dtype)

@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from randbatch._autograd import pull_back, refuse_second_derivative
 from randbatch._shapes import Float, Int
+from randbatch.kernels import reference
 from randbatch.kernels.backend import Backend, Grads, OwnShift
 from randbatch.kernels.problem import Problem
 from randbatch.partition import Partition
 
 __all__ = ["Batches", "Operators", "define_operators", "fused"]
 
-_BATCHES = "Tensor order, Tensor starts, Tensor widths, int[] groups"
+_BATCHES = "Tensor order, Tensor starts, Tensor widths, SymInt[] groups"
 _OPTIONS = "Tensor? shift, Tensor? seed, float scale, float dropout_p"
 
 
@@ -124,6 +126,10 @@ def define_operators(name: str, run_forward: RunForward, run_backward: RunBackwa
     def differentiate(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, shift, seed = ctx.saved_tensors
         groups, scale, dropout_p = ctx.options
+        if torch.is_grad_enabled():
+            query, key, value, _, _, order, starts, widths = tensors
+            batches = Batches(order, starts, widths, groups, shift, seed, scale, dropout_p)
+            return *_differentiate_again((query, key, value), (grad, grad_lse), batches), *(8 * [None])
         grads = operators.backward(grad, grad_lse, *tensors, groups, shift, seed, scale, dropout_p)
         return *grads, *(8 * [None])
 
@@ -169,8 +175,33 @@ def _shift(query: Tensor, part: Partition, problem: Problem, own_shift: OwnShift
     ).to(torch.float32)  # fmt: skip
 
 
+def _differentiate_again(
+    inputs: tuple[Tensor, Tensor, Tensor], grads: tuple[Tensor | None, Tensor | None], batches: Batches
+) -> list[Tensor | None]:
+    """The gradients while autograd records them, by the formula in plain torch."""
+    if batches.dropout_p > 0:
+        refuse_second_derivative("attention with dropout in a fused kernel", "use backend 'reference', or no dropout")
+    query, _, value = inputs
+    pairs = tuple(zip(batches.groups[::2], batches.groups[1::2], strict=True))
+    part = Partition(batches.order, pairs, is_checked=True)
+    shift = batches.shift
+    alone = shift is not None and bool(shift.isneginf().all())
+    problem = Problem.of(query, value, batches.scale, need_lse=True, exclude_self=alone)
+    own_shift = None if shift is None or alone else shift.split(list(batches.groups[::2]))
+
+    def formula(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = reference.BACKEND.attend(query, key, value, part, problem, own_shift)
+        assert lse is not None  # it was asked for
+        return out, lse
+
+    return pull_back(formula, inputs, grads)
+
+
 def fused(why_not: Callable[[Problem], str | None], operators: Operators) -> Backend:
     """The backend that these operators make. Dropout draws its seed from torch's default generator."""
+
+    def why_not_here(problem: Problem) -> str | None:
+        return problem.why_not_transformed() or why_not(problem)
 
     def attend(
         query: Float[Tensor, "n h d"],
@@ -215,4 +246,4 @@ def fused(why_not: Callable[[Problem], str | None], operators: Operators) -> Bac
         args = (grad, None, query, key, value, out, lse, *_batches(part), shift, None, problem.scale, 0.0)
         operators.fill_gradients(grads, *args)
 
-    return Backend(why_not, attend, forward, backward)
+    return Backend(why_not_here, attend, forward, backward)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from randbatch._autograd import is_transformed
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -22,6 +24,8 @@ class Problem:
         dropout_p: probability that a weight is dropped.
         need_lse: whether the log-sum-exp of the logits is wanted.
         exclude_self: whether a token does not attend to itself (query i and key i of a batch are one token).
+        transformed: whether a transform of `torch.func` or forward-mode differentiation is at work, which only plain
+            torch knows how to pass through.
     """
 
     device: torch.device
@@ -32,6 +36,7 @@ class Problem:
     dropout_p: float = 0.0
     need_lse: bool = False
     exclude_self: bool = False
+    transformed: bool = False
 
     @classmethod
     def of(
@@ -47,7 +52,23 @@ class Problem:
         """The problem posed by query `[…, D]` and value `[…, Dv]`; the default scale is 1/√D."""
         size = query.shape[-1]
         factor = 1 / math.sqrt(size) if scale is None else scale
-        return cls(query.device, query.dtype, size, value.shape[-1], factor, dropout_p, need_lse, exclude_self)
+        return cls(
+            query.device,
+            query.dtype,
+            size,
+            value.shape[-1],
+            factor,
+            dropout_p,
+            need_lse,
+            exclude_self,
+            is_transformed(),
+        )
+
+    def why_not_transformed(self) -> str | None:
+        """Why a backend that is not plain torch cannot, if so."""
+        if not self.transformed:
+            return None
+        return "inside torch.func transforms and forward-mode differentiation only backend 'reference' is right"
 
     def why_not_of_size(self, largest: int) -> str | None:
         """Why a backend for heads of at most `largest` numbers cannot, if so."""

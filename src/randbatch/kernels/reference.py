@@ -7,7 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from randbatch._shapes import Float
+from randbatch.kernels.blocks import in_blocks
 from randbatch.kernels.problem import Problem
+
+__all__ = ["BACKEND", "attend"]
 
 
 def why_not(problem: Problem) -> str | None:
@@ -76,3 +79,6 @@ def backward(
         )
         grad_query, grad_key, grad_value = (tensor.to(problem.dtype) for tensor in gradients)
         return grad_query, grad_key, grad_value
+
+
+BACKEND = in_blocks(why_not, attend, forward, backward)

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from randbatch._autograd import pull_back
 from randbatch._shapes import Float
+from randbatch.kernels import reference
+from randbatch.kernels.blocks import in_blocks
 from randbatch.kernels.problem import Problem
 
+__all__ = ["BACKEND", "attend", "is_linear_memory"]
+
 _flash: Any = torch.ops.aten  # the kernel below SDPA on a CPU; it also returns the log-sum-exp
+_HAS_FLASH = hasattr(_flash, "_scaled_dot_product_flash_attention_for_cpu")
+_NARROW = 16  # of fewer keys torch's CPU kernel makes 0 of a query that is NaN
 
 
 def why_not(problem: Problem) -> str | None:
     """Where a log-sum-exp is needed, only torch's CPU kernel gives it, without dropout and for Dv = D."""
+    if problem.transformed:
+        return problem.why_not_transformed()
     if not (problem.need_lse or problem.exclude_self):
         return None
     if problem.device.type != "cpu":
@@ -24,7 +34,7 @@ def why_not(problem: Problem) -> str | None:
         return "with dropout it does not return the log-sum-exp that merging needs"
     if problem.head_size != problem.value_size:
         return f"with values of size {problem.value_size} and keys of {problem.head_size} it has no fused kernel"
-    if not hasattr(_flash, "_scaled_dot_product_flash_attention_for_cpu"):
+    if not _HAS_FLASH:
         return "this version of torch has no fused kernel on the CPU"
     return None
 
@@ -52,9 +62,12 @@ def attend(
     if problem.device.type == "cuda" and query.shape[0] > _MAX_CUDA_BATCHES:
         pieces = zip(*(tensor.split(_MAX_CUDA_BATCHES) for tensor in (query, key, value)), strict=True)
         return torch.cat([attend(q, k, v, problem, own_shift)[0] for q, k, v in pieces]), None
-    mask = None
-    if own_shift is not None:
-        mask = torch.diag_embed(own_shift.to(query.dtype).unsqueeze(-1).expand(-1, -1, query.shape[1]))
+    if problem.device.type == "cpu" and key.shape[1] < _NARROW:
+        return reference.attend(query, key, value, replace(problem, need_lse=False), own_shift)[0], None
+    if _is_flash(problem) and not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        found: Any = _Flash.apply(query, key, value, own_shift, problem)
+        return found, None
+    mask = None if own_shift is None else _mask_of_shift(own_shift, query.shape[1], query.dtype)
     out = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -64,6 +77,47 @@ def attend(
         scale=problem.scale,
     )
     return out.transpose(1, 2), None
+
+
+def _is_flash(problem: Problem) -> bool:
+    """Whether SDPA takes its fused kernel on a CPU, which has no second derivative of its own."""
+    return _HAS_FLASH and problem.device.type == "cpu" and is_linear_memory(problem)
+
+
+def _mask_of_shift(own_shift: Float[Tensor, "1 h"], width: int, dtype: torch.dtype) -> Float[Tensor, "1 h p p"]:
+    return torch.diag_embed(own_shift.to(dtype).unsqueeze(-1).expand(-1, -1, width))
+
+
+class _Flash(torch.autograd.Function):
+    """torch's fused kernel on a CPU; while autograd records backward, the formula in plain torch."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, own_shift: Tensor | None, problem: Problem
+    ) -> Tensor:
+        turned = [tensor.transpose(1, 2) for tensor in (query, key, value)]
+        mask = None if own_shift is None else _mask_of_shift(own_shift, query.shape[1], query.dtype)
+        out, lse = _flash._scaled_dot_product_flash_attention_for_cpu(*turned, attn_mask=mask, scale=problem.scale)
+        ctx.save_for_backward(query, key, value, out, lse, own_shift)
+        ctx.problem = problem
+        return out.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        query, key, value, out, lse, own_shift = ctx.saved_tensors
+        problem = replace(ctx.problem, need_lse=False)
+        if torch.is_grad_enabled():
+
+            def formula(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+                return reference.attend(query, key, value, problem, own_shift)[0]
+
+            return *pull_back(formula, (query, key, value), grads), None, None
+        mask = None if own_shift is None else _mask_of_shift(own_shift, query.shape[1], query.dtype)
+        turned = [tensor.transpose(1, 2) for tensor in (grads[0], query, key, value)]
+        found = _flash._scaled_dot_product_flash_attention_for_cpu_backward(
+            *turned, out, lse, 0.0, False, attn_mask=mask, scale=problem.scale
+        )
+        return *(tensor.transpose(1, 2) for tensor in found), None, None
 
 
 def _attend_by_shift(query: Tensor, key: Tensor, value: Tensor, problem: Problem, own_shift: Tensor) -> Tensor:
@@ -89,6 +143,8 @@ def forward(
     query: Float[Tensor, "m p h d"], key: Float[Tensor, "m p h d"], value: Float[Tensor, "m p h dv"], problem: Problem
 ) -> tuple[Float[Tensor, "m p h dv"], Float[Tensor, "m p h"]]:
     """Without autograd, with the log-sum-exp."""
+    if key.shape[1] < _NARROW:
+        return reference.forward(query, key, value, problem)
     turned = [tensor.transpose(1, 2) for tensor in (query, key, value)]
     mask = _mask(query.shape[1], problem)
     out, lse = _flash._scaled_dot_product_flash_attention_for_cpu(*turned, attn_mask=mask, scale=problem.scale)
@@ -105,6 +161,8 @@ def backward(
     problem: Problem,
 ) -> tuple[Float[Tensor, "m p h d"], Float[Tensor, "m p h d"], Float[Tensor, "m p h dv"]]:
     """The kernel's own backward; `out` and `lse` may be those of attention over more keys."""
+    if key.shape[1] < _NARROW:
+        return reference.backward(grad, query, key, value, out, lse, problem)
     turned = [tensor.transpose(1, 2) for tensor in (grad, query, key, value, out)]
     grads = _flash._scaled_dot_product_flash_attention_for_cpu_backward(
         *turned,
@@ -116,3 +174,6 @@ def backward(
     )
     grad_query, grad_key, grad_value = (tensor.transpose(1, 2) for tensor in grads)
     return grad_query, grad_key, grad_value
+
+
+BACKEND = in_blocks(why_not, attend, forward, backward)
