@@ -12,22 +12,24 @@ Shape letters: N tokens, n tokens of a piece, M batches, H heads, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+import sys
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from randbatch._autograd import refuse_second_derivative, refuse_transforms
 from randbatch._memory import free_bytes
 from randbatch._rows import put_rows, take_rows
 from randbatch._shapes import Int
+from randbatch.closure import Closure, mark
 from randbatch.partition import Partition
 
-__all__ = ["ChunkBatches", "Gradients", "Replay", "no_parameters", "piece_size", "stream"]
+__all__ = ["CHUNKS_ONCE", "ChunkBatches", "Gradients", "Replay", "piece_size", "refuse_chunks", "stream"]
 
 ChunkBatches = int | Literal["auto"] | None
 """Batches at a time; `"auto"` as many as fit; None all at once, without recomputation."""
@@ -50,16 +52,36 @@ def piece_size(chunk_batches: int | Literal["auto"], part: Partition, bytes_per_
     return max(1, int(room / (bytes_per_token * max(part.num_slots, 1))))
 
 
-def no_parameters() -> Sequence[Tensor]:
-    """For a function that depends on its arguments alone."""
-    return ()
+CHUNKS_ONCE = "set chunk_batches to None"
+
+
+def refuse_chunks(owner: nn.Module | None) -> None:
+    """Refuse what a module cannot be computed again in.
+
+    Raises:
+        NotImplementedError: a transform of torch.func is at work, or a module inside the owner is sharded by
+            `fully_shard`, which gathers its parameters for one forward and one backward only.
+    """
+    refuse_transforms("chunk_batches", CHUNKS_ONCE)
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    sharded: Any = getattr(fsdp, "FSDPModule", None)
+    if owner is None or sharded is None:
+        return
+    for path, module in owner.named_modules():
+        if path and isinstance(module, sharded):
+            raise NotImplementedError(
+                f"chunk_batches cannot compute {path} again in backward, which fully_shard has sharded: shard the "
+                f"module around it instead, or {CHUNKS_ONCE}"
+            )
 
 
 @dataclass
 class Replay:
-    """The random state and the autocast of a forward pass, so that backward can do the same again."""
+    """The random state, the autocast and the mode of a forward pass, so that backward can do the same again."""
 
     tensors: Sequence[Tensor]
+    owner: nn.Module | None = None
+    _modes: list[tuple[nn.Module, bool]] = field(init=False)
     _state: Tensor = field(init=False)
     _of_devices: tuple[Any, Any] = field(init=False)
     _autocast: dict[str, Any] = field(init=False)
@@ -76,6 +98,7 @@ class Replay:
             "cache_enabled": False,
         }
         self.tensors = ()
+        self._modes = [] if self.owner is None else [(module, module.training) for module in self.owner.modules()]
 
     @contextmanager
     def first(self) -> Generator[None, None, None]:
@@ -94,7 +117,14 @@ class Replay:
         ):
             torch.set_rng_state(self._state)
             set_device_states(devices, states, device_type=kind)
-            yield
+            changed = [(module, module.training) for module, mode in self._modes if module.training != mode]
+            for module, mode in changed:  # train() and eval() between forward and backward are none of its business
+                module.training = not mode
+            try:
+                yield
+            finally:
+                for module, mode in changed:
+                    module.training = mode
 
 
 class Gradients:
@@ -117,7 +147,7 @@ class Gradients:
 
     def rows(self, rows: Int[Tensor, " n"]) -> list[Tensor]:
         """The tokens of a piece, to be differentiated by."""
-        taken = [take_rows(x, rows) for x in self._tensors]
+        taken = [take_rows(x.detach(), rows) for x in self._tensors]
         return [x.requires_grad_() if need else x for x, need in zip(taken, self._of_tokens, strict=True)]
 
     def add(
@@ -148,16 +178,6 @@ class Gradients:
         return [None if total is None else total.to(dtype) for total, dtype in pairs]
 
 
-def check_unchanged(now: Iterable[Tensor], then: Sequence[Tensor]) -> None:
-    """The parameters that backward meets must be those of forward, or their gradient would be lost without a word."""
-    now = list(now)
-    if len(now) != len(then) or any(a is not b for a, b in zip(now, then, strict=True)):
-        raise RuntimeError(
-            "chunk_batches computes a module again in backward, but its parameters are others by now (by "
-            "torch.func.functional_call?): set chunk_batches to None there"
-        )
-
-
 @dataclass
 class _Pieces:
     """What is computed piece by piece."""
@@ -165,39 +185,51 @@ class _Pieces:
     function: Callable[..., Tensor]
     part: Partition
     chunk_batches: int
-    parameters: Callable[[], Sequence[Tensor]]
     num_tensors: int
     replay: Replay
+    closure: Closure
+    out: Tensor | None = None
+
+    def compute(self, tensors: Sequence[Tensor]) -> Tensor:
+        """All pieces; the graph of the first says what there is to differentiate by."""
+        wanted = torch.is_grad_enabled()
+        out: Tensor | None = None
+        with self.replay.first():
+            for rows, piece in self.part.chunks(self.chunk_batches):
+                with torch.set_grad_enabled(wanted and out is None):
+                    own = [take_rows(x.detach(), rows).requires_grad_(x.requires_grad) for x in tensors]
+                    since = mark()
+                    more = self.function(piece, *own)
+                if out is None:
+                    self.closure.find([more], own, since)
+                    out = more.new_empty(self.part.num_tokens, *more.shape[1:])
+                with torch.no_grad():
+                    put_rows(out, rows, more.detach())
+        assert out is not None  # there is at least one batch
+        return out
 
 
 class _Stream(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, job: _Pieces, *saved: Tensor) -> Tensor:
-        tensors = saved[: job.num_tensors]
-        out: Tensor | None = None
-        with job.replay.first():
-            for rows, piece in job.part.chunks(job.chunk_batches):
-                more = job.function(piece, *(take_rows(x, rows) for x in tensors))
-                if out is None:
-                    out = more.new_empty(job.part.num_tokens, *more.shape[1:])
-                put_rows(out, rows, more)
-        assert out is not None  # there is at least one batch
+        assert job.out is not None
+        out, job.out = job.out, None
         ctx.save_for_backward(*saved)
         ctx.job = job
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        refuse_second_derivative("chunk_batches", CHUNKS_ONCE)
         job: _Pieces = ctx.job
-        tensors, parameters = ctx.saved_tensors[: job.num_tensors], ctx.saved_tensors[job.num_tensors :]
-        check_unchanged(job.parameters(), parameters)
-        totals = Gradients(tensors, parameters, ctx.needs_input_grad[1:])
+        tensors = ctx.saved_tensors[: job.num_tensors]  # read once: hooks may unpack once only
+        totals = Gradients(tensors, job.closure.tensors, ctx.needs_input_grad[1:])
         with job.replay.again():
             for rows, piece in job.part.chunks(job.chunk_batches):
                 with torch.enable_grad():
                     inputs = totals.rows(rows)
                     out = job.function(piece, *inputs)
+                job.closure.check([out], inputs)
                 totals.add(rows, inputs, [out], [take_rows(grads[0], rows)])
         return None, *totals.all()
 
@@ -207,7 +239,7 @@ def stream(
     part: Partition,
     tensors: Sequence[Tensor],
     chunk_batches: int,
-    parameters: Callable[[], Sequence[Tensor]] = no_parameters,
+    owner: nn.Module | None = None,
 ) -> Tensor:
     """`function(piece, *rows)` for a few batches at a time, in place of `function(part, *tensors)` for all of them.
 
@@ -216,13 +248,24 @@ def stream(
         part: the batches.
         tensors: `[N, …]` each, in token order.
         chunk_batches: batches in a piece.
-        parameters: says by which other tensors to differentiate; `function` reads them where they are.
+        owner: the module that the function belongs to. By which tensors to differentiate beside `tensors` is read from
+            the graph of the first piece.
 
     Returns:
         `[N, …]`, in token order. What is random in `function` is the same again in backward.
+
+    Raises:
+        NotImplementedError: inside a transform of torch.func, or around a module that `fully_shard` has sharded.
+        RuntimeError: `function` depends on a tensor whose gradient would be lost.
     """
     if part.num_tokens == 0:
         return function(part, *tensors)
-    job = _Pieces(function, part, chunk_batches, parameters, len(tensors), Replay(tensors))
-    out: Any = _Stream.apply(job, *tensors, *parameters())
-    return out
+    refuse_chunks(owner)
+    job = _Pieces(function, part, chunk_batches, len(tensors), Replay(tensors, owner), Closure(owner))
+    out = job.compute(tensors)
+    everything = (*tensors, *job.closure.tensors)
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in everything)):
+        return out
+    job.out = out
+    result: Any = _Stream.apply(job, *everything)
+    return result

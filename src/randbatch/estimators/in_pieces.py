@@ -15,18 +15,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch import Tensor, nn
 
+from randbatch._autograd import refuse_second_derivative
 from randbatch._rows import put_rows, take_rows
 from randbatch._shapes import Float, Int
+from randbatch.closure import Closure, mark
 from randbatch.estimators import pick_estimator
 from randbatch.estimators.met import log_kappa, merge, own_logit
 from randbatch.interactions import Options
 from randbatch.kernels import Backend, Problem, pick_backend
 from randbatch.orthogonal import OrthogonalRounds, Rounds
 from randbatch.partition import Partition
-from randbatch.streaming import ChunkBatches, Gradients, Replay, check_unchanged, no_parameters, piece_size, stream
+from randbatch.streaming import CHUNKS_ONCE, ChunkBatches, Gradients, Replay, piece_size, refuse_chunks, stream
 
 __all__ = ["Pipeline", "check_streams", "estimate_in_pieces"]
 
@@ -50,7 +51,7 @@ class Pipeline:
         tensors: `[N, …]`, what there is of a token.
         project: from rows of `tensors` to query, key `[n, H, D]` and value `[n, H, Dv]`.
         finish: from the attention `[n, H, Dv]` to the output `[n, …]`.
-        parameters: what `project` and `finish` are differentiated by beside their arguments.
+        owner: the module that `project` and `finish` belong to.
         numbers: how many numbers a token is from `tensors` to the output, all together.
     """
 
@@ -58,7 +59,7 @@ class Pipeline:
     numbers: int
     project: Callable[..., Sequence[Tensor]] = _as_it_is
     finish: Callable[[Tensor], Tensor] = _same
-    parameters: Callable[[], Sequence[Tensor]] = no_parameters
+    owner: nn.Module | None = None
 
 
 def check_streams(chunk_batches: ChunkBatches, estimator: str) -> None:
@@ -94,7 +95,7 @@ def estimate_in_pieces(
             query, key, value = pipeline.project(*rows)
             return pipeline.finish(attend(query, key, value, piece, interaction, options))
 
-        return stream(of_piece, rounds, pipeline.tensors, chunk, pipeline.parameters)
+        return stream(of_piece, rounds, pipeline.tensors, chunk, pipeline.owner)
     if interaction != "softmax":
         raise ValueError(
             f"chunk_batches must be None with several rounds of interaction {interaction!r}; got {chunk_batches!r}"
@@ -122,6 +123,7 @@ class _Job:
     options: Options
     chunk: int
     replay: Replay
+    closure: Closure
 
     def pieces(self) -> Iterator[tuple[Int[Tensor, " n"], Partition]]:
         """Every piece of every round."""
@@ -147,9 +149,22 @@ def _attend_in_pieces(
     """As `attend_to_met`."""
     if rounds.num_tokens == 0:
         return pipeline.project(*pipeline.tensors)[2]
-    job = _Job(pipeline, rounds, debias, options, chunk, Replay(pipeline.tensors))
-    out: Any = _AttendInPieces.apply(job, *pipeline.tensors, *pipeline.parameters())
+    refuse_chunks(pipeline.owner)
+    replay, closure = Replay(pipeline.tensors, pipeline.owner), Closure(pipeline.owner)
+    job = _Job(pipeline, rounds, debias, options, chunk, replay, closure)
+    if torch.is_grad_enabled():
+        _find_closure(job)
+    out: Any = _AttendInPieces.apply(job, *pipeline.tensors, *closure.tensors)
     return out
+
+
+def _find_closure(job: _Job) -> None:
+    """Project the tokens of one piece to see by what there is to differentiate."""
+    rows = next(job.slices())
+    own = [take_rows(x.detach(), rows).requires_grad_(x.requires_grad) for x in job.pipeline.tensors]
+    with job.replay.again():  # it draws no random number that counts
+        since = mark()
+        job.closure.find(list(job.pipeline.project(*own)), own, since)
 
 
 class _AttendInPieces(torch.autograd.Function):
@@ -163,16 +178,15 @@ class _AttendInPieces(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        refuse_second_derivative("chunk_batches", CHUNKS_ONCE)
         job: _Job = ctx.job
         *saved, out, lse, weight = ctx.saved_tensors
-        num = len(job.pipeline.tensors)
-        check_unchanged(job.pipeline.parameters(), saved[num:])
-        totals = Gradients(saved[:num], saved[num:], ctx.needs_input_grad[1:])
+        totals = Gradients(saved[: len(job.pipeline.tensors)], job.closure.tensors, ctx.needs_input_grad[1:])
         with job.replay.again():
             for rows, piece in job.pieces():
                 inputs, projected = _project(totals, job, rows)
+                job.closure.check(projected, inputs)
                 merged = [take_rows(x, rows) for x in (grads[0], out, lse - weight)]
                 totals.add(rows, inputs, *_pull_back(job, piece, projected, *merged))
             for rows in job.slices():

@@ -118,8 +118,7 @@ class RandomBatches:
         """Any function over sets, `[M, P, C] -> [M, P, C']`, inside the batches; several rounds are averaged.
 
         Args:
-            function: gets whole batches of equal size, never padding or a mask. It depends on nothing to be
-                differentiated by but its argument and the parameters of the module.
+            function: gets whole batches of equal size, never padding or a mask.
             x: flat tokens `[N, C]` or padded sets `[B, N, C]`.
             mask: bool `[B, N]`, True = token, for padded sets.
             batch: integers `[N]`, the graph of each token, for flat tokens.
@@ -135,7 +134,7 @@ class RandomBatches:
             x,
             mask,
             batch,
-            parameters=lambda: list(self._module.parameters()),
+            owner=self._module,
         )
 
 

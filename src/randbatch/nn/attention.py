@@ -287,7 +287,7 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
             numbers=(len(distinct) + 5) * self.embed_dim,
             project=lambda *rows: self._project(*(rows[i] for i in where)),
             finish=lambda out: self.out_proj(out.flatten(1)),
-            parameters=lambda: list(self.parameters()),
+            owner=self,
         )
         sampling = self.sampling
         return estimate_in_pieces(

@@ -5,7 +5,7 @@ Shape letters: N tokens, B padded sets, H heads, D head size of query and key, D
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -28,7 +28,7 @@ from randbatch.kernels import BACKENDS
 from randbatch.nn._sets import PaddedSets
 from randbatch.orthogonal import Rounds, draw_rounds
 from randbatch.partition import Partition, fold_seed, random_partition
-from randbatch.streaming import ChunkBatches, no_parameters, stream
+from randbatch.streaming import ChunkBatches, stream
 from randbatch.tolerance import RoundsChoice, choose_rounds
 
 __all__ = ["Sampling", "apply_in_batches", "attend_in_batches", "set_inference"]
@@ -184,13 +184,13 @@ def apply_in_batches(
     x: Shaped[Tensor, "n c"] | Shaped[Tensor, "b n c"],
     mask: Bool[Tensor, "b n"] | None = None,
     batch: Int[Tensor, " n"] | None = None,
-    parameters: Callable[[], Sequence[Tensor]] = no_parameters,
+    owner: nn.Module | None = None,
 ) -> Tensor:
     """A function over sets, `[M, P, C] -> [M, P, C']`, inside random batches; several rounds are averaged.
 
     It gets whole batches of equal size, never padding. `x` is flat tokens `[N, C]` with `batch`, or padded sets
-    `[B, N, C]` with `mask` (True = token); rows without a token come back as zeros. `parameters` says by what to
-    differentiate beside `x`, where batches are computed in pieces.
+    `[B, N, C]` with `mask` (True = token); rows without a token come back as zeros. `owner` is the
+    module that the function belongs to.
     """
     if x.dim() == 3:
         if batch is not None:
@@ -199,9 +199,7 @@ def apply_in_batches(
             raise TypeError(f"mask must be bool, got {mask.dtype}")
         sets = PaddedSets.of(x, mask, "mask")
         flat = sets.flatten(x)
-        return sets.restore(
-            apply_in_batches(sampling, training, function, flat, batch=sets.batch, parameters=parameters)
-        )
+        return sets.restore(apply_in_batches(sampling, training, function, flat, batch=sets.batch, owner=owner))
     if x.dim() != 2:
         raise ValueError(f"x must be [N, C] or [B, N, C], got {list(x.shape)}")
     if mask is not None:
@@ -217,7 +215,7 @@ def apply_in_batches(
         def of_piece(piece: Partition, rows: Tensor) -> Tensor:
             return _apply(function, rows, piece)
 
-        return stream(of_piece, part, [x], chunk, parameters)
+        return stream(of_piece, part, [x], chunk, owner)
 
     rounds = sampling.draw(x.shape[0], training, batch=batch, device=x.device)
     if isinstance(rounds, Partition):

@@ -83,9 +83,7 @@ class RandomBatch(torch.nn.Module):
             TypeError: `mask` is not bool or `batch` not an integer vector.
             ValueError: shapes that do not fit, or an output of the module that is not `[B, N, C']`.
         """
-        return apply_in_batches(
-            self.sampling, self.training, self.module, x, mask, batch, parameters=lambda: list(self.module.parameters())
-        )
+        return apply_in_batches(self.sampling, self.training, self.module, x, mask, batch, owner=self)
 
     def extra_repr(self) -> str:
         """What `print(module)` shows."""

@@ -1,0 +1,140 @@
+"""What a function depends on beside its arguments, read from the graph that autograd records of it.
+
+A function that is computed again in backward, a few rows at a time, is called with rows that are cut off from the rest
+of the graph. It may read any other tensor: parameters, weights that a hypernetwork made, a cached parametrization. The
+graph of one call ends in all of these, so none of their gradients is lost without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+__all__ = ["Closure"]
+
+Edge = tuple[Any, int]
+"""A node of the graph, and which of its outputs."""
+
+_INSTEAD = "set chunk_batches to None there"
+
+
+class Closure:
+    """The tensors, beside its rows, by which a function is to be differentiated.
+
+    Args:
+        owner: the module that the function belongs to, whose parameters are among these tensors. Default: none.
+
+    Attributes:
+        tensors: found by `find`; leaves, and tensors of the owner that were computed before the function was called.
+    """
+
+    def __init__(self, owner: nn.Module | None = None) -> None:
+        self._owner = owner
+        self._edges: set[Edge] = set()
+        self.tensors: list[Tensor] = []
+
+    def find(self, outs: Sequence[Tensor], rows: Sequence[Tensor], mark: int) -> None:
+        """Read `tensors` from the graph of a first call; nodes older than `mark` were there before it.
+
+        Raises:
+            RuntimeError: a tensor cannot be found in the owner, or is computed from another of these tensors.
+        """
+        leaves = {id(x): x for x in self._parameters()}
+        older: dict[Edge, Tensor] = {}
+        for edge in _ends(outs, mark, frozenset()):
+            leaf = getattr(edge[0], "variable", None)
+            if leaf is None:
+                older[edge] = self._tensor_of(edge)
+            elif not any(leaf is row for row in rows):
+                leaves[id(leaf)] = leaf
+        if older:
+            leaves = self._without_ancestors(leaves, older, outs, mark)
+        self.tensors = [*leaves.values(), *older.values()]
+        self._edges = set(older)
+
+    def check(self, outs: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
+        """Check that a later call depends on nothing else.
+
+        Raises:
+            RuntimeError: it reads another tensor than the first call did, whose gradient would be lost.
+        """
+        known = {id(x) for x in (*self.tensors, *rows)}
+        for node, _ in _ends(outs, None, self._edges):
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and id(leaf) not in known:
+                raise RuntimeError(
+                    "chunk_batches computes a module again in backward, but its parameters are others by now (by "
+                    f"torch.func.functional_call, or a change of the module?): {_INSTEAD}"
+                )
+
+    def _parameters(self) -> list[Tensor]:
+        return [] if self._owner is None else [x for x in self._owner.parameters() if x.requires_grad]
+
+    def _tensor_of(self, edge: Edge) -> Tensor:
+        for tensor in self._held():
+            if tensor.grad_fn is edge[0] and tensor.output_nr == edge[1]:
+                return tensor
+        raise RuntimeError(
+            f"chunk_batches cannot differentiate by a tensor that {edge[0].name()} computed before, and that no "
+            f"attribute of the module holds: {_INSTEAD}"
+        )
+
+    def _held(self) -> Iterator[Tensor]:
+        """Tensors of the owner that are not leaves, and those that `parametrize.cached` keeps."""
+        cache: Any = getattr(parametrize, "_cache", {})
+        for holder in (*(vars(m) for m in (self._owner.modules() if self._owner else ())), cache):
+            yield from (x for x in holder.values() if isinstance(x, Tensor) and x.grad_fn is not None)
+
+    def _without_ancestors(
+        self, leaves: dict[int, Tensor], older: dict[Edge, Tensor], outs: Sequence[Tensor], mark: int
+    ) -> dict[int, Tensor]:
+        """Drop the parameters that only computed one of `older`: autograd itself goes on from there."""
+        used = {id(getattr(node, "variable", None)) for node, _ in _ends(outs, mark, frozenset())}
+        above = [end for x in older.values() for end in _all_above(x)]
+        origins = {id(getattr(node, "variable", None)) for node, _ in above}
+        if any(id(x) in origins and id(x) in used for x in leaves.values()) or any(edge in older for edge in above):
+            raise RuntimeError(
+                "chunk_batches cannot tell apart the gradients of a tensor and of another that was computed from it: "
+                f"{_INSTEAD}"
+            )
+        return {key: x for key, x in leaves.items() if key not in origins}
+
+
+def mark() -> int:
+    """The age of a node that autograd would record now, in this thread."""
+    with torch.enable_grad():
+        node: Any = torch.empty((), requires_grad=True).view(1).grad_fn
+    return node._sequence_nr()
+
+
+def _ends(outs: Sequence[Tensor], older_than: int | None, stops: set[Edge] | frozenset[Edge]) -> Iterator[Edge]:
+    """Where the graph of `outs` ends: in leaves, in nodes older than a mark, at the stops."""
+    todo: list[Edge] = [(x.grad_fn, x.output_nr) for x in outs if x.grad_fn is not None]
+    seen = set(todo)
+    while todo:
+        node, number = todo.pop()
+        is_leaf = hasattr(node, "variable")
+        if is_leaf or (node, number) in stops or (older_than is not None and node._sequence_nr() < older_than):
+            yield node, number
+            continue
+        for edge in node.next_functions:
+            if edge[0] is not None and edge not in seen:
+                seen.add(edge)
+                todo.append(edge)
+
+
+def _all_above(x: Tensor) -> Iterator[Edge]:
+    """Every edge that `x` was computed from."""
+    node: Any = x.grad_fn
+    todo, seen = [node], {node}
+    while todo:
+        for edge in todo.pop().next_functions:
+            if edge[0] is not None:
+                yield edge
+                if edge[0] not in seen:
+                    seen.add(edge[0])
+                    todo.append(edge[0])
