@@ -153,12 +153,28 @@ def test_rounds_keep_the_dtype(dtype: torch.dtype) -> None:
     assert (out.double() - exact).norm() <= 4 * torch.finfo(dtype).eps * exact.norm()
 
 
-@pytest.mark.parametrize("options", [{"rounds": 2}, {"backend": "reference"}, {"interaction": "linear"}])
-def test_autocast_does_not_round_sums(options: dict) -> None:
-    inputs = qkv(40, dtype=torch.float32)
-    out = rb.random_batch_attention(*inputs, batch_size=8, seed=0, **options)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"rounds": 2}, {"backend": "reference"}, {"backend": "sdpa"}, {"interaction": "linear"}, {"chunk_batches": 2},
+     {"estimator": "debiased"}, {"estimator": "corrected"}],
+)  # fmt: skip
+def test_autocast_casts_the_inputs_and_rounds_no_sums(options: dict) -> None:
+    """The rule of SDPA under autocast, whichever backend computes: inputs are cast, also where their dtypes differ."""
+    query, key, value = qkv(40, dtype=torch.float32)
+    cast = [x.to(torch.bfloat16) for x in (query, key, value)]
+    out = rb.random_batch_attention(*cast, batch_size=8, seed=0, **options)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(rb.random_batch_attention(*inputs, batch_size=8, seed=0, **options), out)
+        mixed = rb.random_batch_attention(query, cast[1], value, batch_size=8, seed=0, **options)
+        torch_out = torch.nn.functional.scaled_dot_product_attention(query, cast[1], value)
+    assert mixed.dtype == torch_out.dtype == torch.bfloat16
+    assert torch.equal(mixed, out)
+
+
+def test_autocast_leaves_float64() -> None:
+    inputs = qkv(40)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert rb.random_batch_attention(*inputs, batch_size=8).dtype == torch.float64
+        assert rb.full_attention(*inputs).dtype == torch.float64
 
 
 def test_large_logits_stay_finite() -> None:

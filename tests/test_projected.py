@@ -77,7 +77,7 @@ def test_functional_call_and_grad_of_torch_func(calls: list[int]) -> None:
     grads = torch.func.grad(loss)(other)
     layer.load_state_dict(other)
     layer(x).square().sum().backward()
-    assert calls == [30, 30]
+    assert calls == [30]  # transforms see plain torch
     for name, parameter in layer.named_parameters():
         torch.testing.assert_close(grads[name], parameter.grad)
 

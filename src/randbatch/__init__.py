@@ -9,7 +9,7 @@ torch.Size([100000, 4, 16])
 from randbatch import analysis, integrations, models, nn, particles
 from randbatch.conversion import ConversionReport, convert
 from randbatch.functional import full_attention, random_batch_attention
-from randbatch.nn.sampling import set_inference
+from randbatch.nn.inference import set_inference
 from randbatch.orthogonal import orthogonal_partitions
 from randbatch.partition import Partition, random_partition
 from randbatch.tolerance import RoundsChoice, choose_rounds

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from randbatch._autograd import is_transformed
+
 __all__ = ["permute", "put_rows", "take_rows"]
 
 _NUMBERS = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}  # by their bytes
@@ -55,5 +57,8 @@ class _Permute(torch.autograd.Function):
 
 
 def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """`x[order]`; `inverse` is the inverse permutation."""
+    if not torch.compiler.is_compiling() and is_transformed():
+        return x.index_select(0, order)
     permuted: Any = _Permute.apply(x, order, inverse)
     return permuted

@@ -43,7 +43,12 @@ def draw_seed() -> int:
     The default generator is what `torch.manual_seed` sets and what activation checkpointing replays; a private
     generator would not be replayed, and gradients would be silently wrong.
     """
-    return int(torch.randint(0, 2**63 - 1, (), device="cpu").item())
+    drawn = torch.randint(0, 2**63 - 1, (), device="cpu")
+    if torch._C._are_functorch_transforms_active() and torch._C._functorch.is_batchedtensor(drawn):
+        raise NotImplementedError(
+            "torch.func.vmap cannot draw other random batches for each sample: say randomness='same', which draws once"
+        )
+    return int(drawn.item())
 
 
 def random_keys(num_tokens: int, seed: int, device: torch.device) -> Int[Tensor, " n"]:

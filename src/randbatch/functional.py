@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Literal
 
 import torch
@@ -16,11 +17,12 @@ from randbatch._checks import (
     check_probability,
     check_qkv,
 )
+from randbatch._numerics import as_autocast
 from randbatch._shapes import Float, Int
 from randbatch.estimators import pick_estimator
 from randbatch.estimators.in_pieces import Pipeline, estimate_in_pieces
 from randbatch.interactions import INTERACTIONS, Options
-from randbatch.kernels import Problem, sdpa
+from randbatch.kernels import Problem, reference, sdpa
 from randbatch.orthogonal import Rounds, draw_rounds
 from randbatch.partition import Partition, draw_seed, random_partition
 from randbatch.streaming import ChunkBatches
@@ -28,6 +30,7 @@ from randbatch.tolerance import choose_rounds
 
 __all__ = ["estimate", "full_attention", "random_batch_attention"]
 
+_MANY_HEADS = 64  # more than the models of the field have
 _CHUNK_LOGITS = 2**24  # full attention holds this many logits at a time: 64 MiB in fp32
 
 
@@ -68,8 +71,9 @@ def random_batch_attention(
         scale: factor of the logits. Default: 1/√D.
         dropout_p: probability that an attention weight is dropped; the others grow by 1/(1 − dropout_p). Default: 0,
             as in `scaled_dot_product_attention`; the op does not know train from eval, a module does.
-        seed: an int fixes the partition; the default draws one from torch's default CPU generator, so that
-            `torch.manual_seed` reproduces it.
+        seed: an int fixes the partition: what a graph of `batch` gets then depends on its size and the seed alone, and
+            two graphs of one size are split alike. Default: drawn from torch's default CPU generator, so that
+            `torch.manual_seed` reproduces it, and graphs are split independently.
         partition: use this partition instead of drawing one; then `rounds` must be 1, there is no `tolerance`, and
             `batch`, `seed` and `batch_size` say nothing.
         backend: `"triton"` (one fused kernel, CUDA only), `"cpu"` (the same in C++, fp32, compiled at its first call),
@@ -98,7 +102,9 @@ def random_batch_attention(
         >>> torch.allclose(random_batch_attention(q, k, v, batch_size=1000), exact, atol=1e-5)
         True
     """
+    query, key, value = as_autocast(query, key, value)
     check_qkv(query, key, value)
+    _look_at(query)
     check_batch_vector(batch, query.shape[0], query.device)
     check_probability("dropout_p", dropout_p)
     check_choice("interaction", interaction, INTERACTIONS)
@@ -110,8 +116,8 @@ def random_batch_attention(
     elif batch_size is None:
         raise TypeError("batch_size is missing: give batch_size (an int >= 2) or a partition")
     else:
-        seed = draw_seed() if seed is None else seed
         if tolerance is not None:
+            seed = draw_seed() if seed is None else seed
             rounds = choose_rounds(
                 query, key, value, batch_size, tolerance, batch=batch, estimator=estimator, scale=scale, seed=seed
             ).rounds
@@ -138,6 +144,21 @@ def estimate(
             pipeline, rounds, estimator, interaction, options, chunk_batches, num_heads=query.shape[1]
         )
     return pick_estimator(estimator)(query, key, value, rounds, interaction, options)
+
+
+def _look_at(query: Tensor) -> None:
+    """Refuse what would keep one partition for ever, and warn of axes that look exchanged."""
+    if torch.compiler.is_compiling():
+        return
+    if torch.jit.is_tracing():
+        raise NotImplementedError("torch.jit.trace would keep one partition for ever; use torch.compile or export")
+    num_tokens, num_heads, _ = query.shape
+    if num_heads >= _MANY_HEADS and num_heads > num_tokens:
+        warnings.warn(
+            f"query {list(query.shape)} is taken as {num_tokens} tokens of {num_heads} heads, [N, H, D]; if it is "
+            "[H, N, D], transpose it",
+            stacklevel=3,
+        )
 
 
 def _check_tolerance_alone(rounds: int, partition: Partition | None, dropout_p: float, interaction: str) -> None:
@@ -196,6 +217,7 @@ def full_attention(
         >>> torch.allclose(full_attention(q, k, v, batch=graphs)[2:5], full_attention(q[2:5], k[2:5], v[2:5]))
         True
     """
+    query, key, value = as_autocast(query, key, value)
     check_qkv(query, key, value)
     num_tokens = query.shape[0]
     check_batch_vector(batch, num_tokens, query.device)
@@ -204,6 +226,7 @@ def full_attention(
     if num_tokens == 0:
         return value.clone()
     problem = Problem.of(query, value, scale)
+    chunk_size = max(num_tokens, 1) if problem.transformed and chunk_size is None else chunk_size
     whole = random_partition(num_tokens, max(num_tokens, 2), batch=batch, device=query.device)  # a batch per graph
     blocks = zip(*(whole.split(whole.pack(tensor)) for tensor in (query, key, value)), strict=True)
     return whole.unpack(whole.join([_attend_in_chunks(q, k, v, problem, chunk_size) for q, k, v in blocks]))
@@ -211,7 +234,8 @@ def full_attention(
 
 def _attend_in_chunks(query: Tensor, key: Tensor, value: Tensor, problem: Problem, chunk_size: int | None) -> Tensor:
     """Softmax attention inside each of `[M, P, H, D]`, without holding more than a chunk's logits."""
-    attend = sdpa.attend  # of all keys by chunks of queries, which is not attention inside a partition
+    # of all keys by chunks of queries, which is not attention inside a partition
+    attend = reference.attend if problem.transformed else sdpa.attend
     num_batches, width, num_heads, _ = query.shape
     if chunk_size is None:
         if sdpa.is_linear_memory(problem):

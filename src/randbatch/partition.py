@@ -255,6 +255,15 @@ def _some_groups(groups: tuple[tuple[int, int], ...], first: int, stop: int) -> 
     return tuple(some)
 
 
+def _is_zero(number: int) -> bool:
+    """Whether a number is 0; False for a symbol that may be."""
+    if not torch.compiler.is_compiling():
+        return number == 0
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import, and loaded by now
+
+    return statically_known_true(number == 0)
+
+
 def balanced_groups(num_tokens: int, batch_size: int) -> tuple[tuple[int, int], ...]:
     """M = ceil(N / p) batches whose sizes differ by at most one, as `((rows, width), …)`, widest first."""
     num_batches = -(-num_tokens // batch_size)
@@ -263,7 +272,8 @@ def balanced_groups(num_tokens: int, batch_size: int) -> tuple[tuple[int, int], 
     width = num_tokens // num_batches  # not divmod, which is not traced where N is a symbol
     wider = num_tokens - width * num_batches
     groups = ((wider, width + 1), (num_batches - wider, width))
-    return tuple((rows, width) for rows, width in groups if rows)
+    # where N is a symbol there may be no batch of the first size: one program then serves every N
+    return tuple((rows, width) for rows, width in groups if not _is_zero(rows))
 
 
 def _partition_sets(order: Tensor, counts: Tensor, batch_size: int) -> Partition:

@@ -10,7 +10,14 @@ from torch import Tensor
 from randbatch._shapes import Bool, Int, Shaped
 from randbatch.tracing import UNTRACEABLE
 
-__all__ = ["PaddedSets", "kept_where_zero"]
+__all__ = ["PaddedSets", "has_no_numbers", "kept_where_zero"]
+
+
+def has_no_numbers(x: Tensor) -> bool:
+    """Whether `x` is a meta tensor, or a fake one outside of `torch.compile`: it has a shape, and no numbers."""
+    if torch.compiler.is_compiling():
+        return False
+    return x.is_meta or (type(x) is not Tensor and type(x).__name__ == "FakeTensor")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +40,7 @@ class PaddedSets:
         num_sets, width = x.shape[:2]
         if keep is not None and keep.shape != (num_sets, width):
             raise ValueError(f"{name} must have shape {[num_sets, width]}, got {list(keep.shape)}")
-        if torch.compiler.is_compiling() and (keep is not None or num_sets > 1):
+        if (torch.compiler.is_compiling() or has_no_numbers(x)) and (keep is not None or num_sets > 1):
             raise NotImplementedError(UNTRACEABLE)
         if keep is None or bool(keep.all()):
             rows = None
@@ -61,6 +68,6 @@ def kept_where_zero(mask: Tensor, name: str) -> Tensor:
     if not mask.is_floating_point():
         raise TypeError(f"{name} must be bool or floating point, got {mask.dtype}")
     ignored = mask <= torch.finfo(mask.dtype).min
-    if not torch.compiler.is_compiling() and bool((mask[~ignored] != 0).any()):
+    if not (torch.compiler.is_compiling() or has_no_numbers(mask)) and bool((mask[~ignored] != 0).any()):
         raise ValueError(f"{name} must be 0 or -inf where it is floating point; a finite bias is not taken")
     return ~ignored

@@ -13,13 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from randbatch._autograd import is_transformed
 from randbatch._checks import check_choice, check_integer, check_probability
 from randbatch._shapes import Bool, Float, Int
 from randbatch.estimators import pick_estimator
 from randbatch.estimators.in_pieces import Pipeline, estimate_in_pieces
 from randbatch.interactions import INTERACTIONS, Options
 from randbatch.kernels import Problem, pick_backend
-from randbatch.nn._sets import PaddedSets, kept_where_zero
+from randbatch.nn._sets import PaddedSets, has_no_numbers, kept_where_zero
+from randbatch.nn.calls import next_seed
 from randbatch.nn.opaque import attend_opaquely, is_opaque
 from randbatch.nn.projected import attend_projected
 from randbatch.nn.sampling import Sampling, attend_in_batches
@@ -51,8 +53,10 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
         eval_rounds: R in eval. Default: the same as `rounds`.
         interaction: `"softmax"` or `"linear"`.
         backend: the backend of the softmax interaction. Default: the first that can.
-        seed: the partitions of eval. Give each layer of a stack its own: layers that share their batches do not mix
-            what the batches know. Default: 0.
+        seed: the partitions of eval. Layers that share their batches do not mix what the batches know, so each has its
+            own. Default: the layer's number among those that this process made without a seed, so the same program
+            has the same seeds. `randbatch.set_inference` derives them from the paths in a model instead, and tells
+            deep copies apart.
         chunk_batches: batches at a time, projected, attended and projected again, and all that once more in backward:
             memory is that of input, output, their gradients and one piece, whatever p; several rounds also keep what is
             attended. `"auto"`: as many as fit into free memory, and no more than are of use. Not for the estimator
@@ -88,7 +92,7 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
         eval_rounds: int | None = None,
         interaction: str = "softmax",
         backend: str = "auto",
-        seed: int = 0,
+        seed: int | None = None,
         chunk_batches: int | Literal["auto"] | None = None,
         batch_first: bool = True,
         device: torch.device | str | None = None,
@@ -101,6 +105,7 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
         check_probability("dropout", dropout)
         super().__init__(embed_dim, num_heads, dropout, bias, batch_first=batch_first, device=device, dtype=dtype)
         self.interaction = check_choice("interaction", interaction, INTERACTIONS)
+        seed = next_seed() if seed is None else seed
         self.sampling = Sampling(batch_size, estimator, rounds, eval_rounds, backend, seed, chunk_batches=chunk_batches)
         # TransformerEncoderLayer's fast path reads the weights and never calls forward; a hook turns it off.
         self.register_forward_pre_hook(no_fast_path)
@@ -117,13 +122,15 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
         is_causal: bool = False,
         *,
         batch: Tensor | None = None,
+        same_tokens: bool = False,
     ) -> Tensor | tuple[Tensor, None]:
         """Attend; `m(x, batch=...)` returns a tensor, `m(query, key, value, ...)` returns `(out, None)` as in torch.
 
         Args:
             query: flat tokens `[N, C]`, or padded sets `[B, N, C]` (`[N, B, C]` if not `batch_first`).
-            key: like `query`; row i of query, key and value is one token. Default: `query`.
-            value: like `query`. Default: `query`.
+            key: `query` itself or an equal tensor, since row i of query, key and value is one token; another one of that
+                shape only with `same_tokens`. Default: `query`.
+            value: like `query`; row i belongs to row i of the key. Default: `key`.
             key_padding_mask: `[B, N]`, or `[N]` for one set `[N, C]`: True or −inf where there is no token. Such a row
                 takes no part, and its output is zero.
             need_weights: must be False: the weights of a random batch are not those of the whole set.
@@ -132,6 +139,8 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
             is_causal: must be False.
             batch: integers `[N]`, the graph of each token, for flat tokens only; graphs never mix. `m(x, batch)` is
                 understood as `m(x, batch=batch)`, since a key is never an integer.
+            same_tokens: says that row i of query and key is one token, though they are two tensors (a position added
+                to one of them). Default: False, two tensors are taken for cross-attention, which is refused.
 
         Returns:
             The shape of `query`; zero at padded rows.
@@ -146,6 +155,11 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
         key = query if key is None else key
         value = key if value is None else value
         self._check(query, key, value, need_weights, attn_mask, is_causal)
+        if not (same_tokens or _is_same(query, key)):
+            raise ValueError(
+                "key must be query itself: random batches are for self-attention, where row i of both is one token. If "
+                "it is one, though the numbers differ, say same_tokens=True"
+            )
         if query.dim() == 2 and key_padding_mask is None:
             out = self._attend(query, key, value, batch)
         elif batch is not None:
@@ -157,6 +171,10 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
     def _check(
         self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, attn_mask: Tensor | None, is_causal: bool
     ) -> None:
+        if not isinstance(query, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"query must be a tensor, got {type(query).__name__}; torch.fx cannot trace random batches")
+        if torch.jit.is_tracing():
+            raise NotImplementedError("torch.jit.trace would keep one partition for ever; use torch.compile or export")
         if query.is_nested:
             raise TypeError(
                 "query must not be a nested tensor: set `use_nested_tensor = False` on the TransformerEncoder, or "
@@ -189,8 +207,7 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
             query, key, value = _map_distinct(lambda x: x.transpose(0, 1), query, key, value)
         if padding is not None:  # torch's True means no token
             padding = ~padding if padding.dtype == torch.bool else kept_where_zero(padding, "key_padding_mask")
-        several_sets = padding is not None or query.shape[0] > 1
-        if is_opaque(self.sampling, self.training, several_sets=several_sets, interaction=self.interaction):
+        if self._is_opaque(query, padding is not None or query.shape[0] > 1):
             out = self._attend_opaquely(query, key, value, padding, None)
             return out if self.batch_first else out.transpose(0, 1)
         sets = PaddedSets.of(query, padding, "key_padding_mask")
@@ -205,13 +222,13 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
         batch: Int[Tensor, " n"] | None,
     ) -> Float[Tensor, "n c"]:
         sampling = self.sampling
-        if is_opaque(sampling, self.training, several_sets=batch is not None, interaction=self.interaction):
+        if self._is_opaque(query, batch is not None):
             return self._attend_opaquely(query, key, value, None, batch)
         if self.interaction == "softmax" and sampling.wants_tokens(self.training):
             projected = self._project(query, key, value)
             out = attend_in_batches(sampling, self.training, *projected, batch=batch, dropout_p=self.dropout)
             return self.out_proj(out.flatten(1))
-        rounds = sampling.draw(query.shape[0], self.training, batch=batch, device=query.device)
+        rounds = sampling.draw(query.shape[0], self.training, batch=batch, device=query.device, x=query)
         options = Options(None, self.dropout if self.training else 0.0, sampling.backend)
         if sampling.chunk_batches is not None:
             return self._attend_in_pieces(query, key, value, rounds, options)
@@ -226,6 +243,15 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
             q, k, v = self._project(query, key, value)
             out = attend(q, k, v, rounds, self.interaction, options)
         return self.out_proj(out.flatten(1))
+
+    def _is_opaque(self, x: Tensor, several_sets: bool) -> bool:
+        return is_opaque(
+            self.sampling,
+            self.training,
+            several_sets=several_sets,
+            interaction=self.interaction,
+            numberless=has_no_numbers(x),
+        )
 
     def _is_three_steps(self, x: Tensor, options: Options) -> bool:
         """Whether projection, attention, projection on a CPU is all that is to be computed.
@@ -242,9 +268,11 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
             and options.dropout_p == 0
             and options.backend != "reference"
             and type(last) is NonDynamicallyQuantizableLinear  # neither replaced nor parametrised
+            and "forward" not in vars(last)
             and not (last._forward_hooks or last._forward_pre_hooks or last._backward_hooks or last._backward_pre_hooks)
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()
+            and not is_transformed()
         )
 
     def _attend_projected(self, x: Float[Tensor, "n c"], part: Partition, options: Options) -> Float[Tensor, "n c"]:
@@ -280,7 +308,10 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
         self, query: Tensor, key: Tensor, value: Tensor, rounds: Rounds, options: Options
     ) -> Float[Tensor, "n c"]:
         """With both projections inside each piece; what is one tensor is gathered and projected as one."""
-        distinct = list({id(x): x for x in (query, key, value)}.values())
+        distinct = [query]
+        for x in (key, value):
+            if not any(x is y for y in distinct):
+                distinct.append(x)
         where = [next(i for i, x in enumerate(distinct) if x is y) for y in (query, key, value)]
         pipeline = Pipeline(
             distinct,
@@ -316,8 +347,21 @@ def _map_distinct(
     function: Callable[[Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Apply `function` once to each distinct tensor: what was one tensor stays one, and is moved and projected once."""
-    done = {id(x): function(x) for x in {id(x): x for x in (query, key, value)}.values()}
-    return done[id(query)], done[id(key)], done[id(value)]
+    q = function(query)
+    k = q if key is query else function(key)
+    v = q if value is query else k if value is key else function(value)
+    return q, k, v
+
+
+def _is_same(query: Tensor, key: Tensor) -> bool:
+    """Whether row i of both is one token: they are one tensor, or hold the same numbers."""
+    if query is key:
+        return True
+    if torch.compiler.is_compiling() or is_transformed() or has_no_numbers(query) or has_no_numbers(key):
+        return False  # no numbers to compare
+    if query.data_ptr() == key.data_ptr() and query.stride() == key.stride() and query.dtype == key.dtype:
+        return True  # two views of one memory; there may be NaN in it, where there is padding
+    return torch.equal(query, key)
 
 
 def no_fast_path(module: torch.nn.Module, args: Any) -> None:

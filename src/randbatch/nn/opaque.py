@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from randbatch._autograd import refuse_second_derivative
 from randbatch._shapes import Bool, Int, Shaped
 from randbatch.nn.sampling import Sampling, attend_in_batches
 
@@ -37,14 +38,22 @@ torch.library.define(
 )
 
 
-def is_opaque(sampling: Sampling, training: bool, *, several_sets: bool, interaction: str = "softmax") -> bool:
+def is_opaque(
+    sampling: Sampling,
+    training: bool,
+    *,
+    several_sets: bool,
+    interaction: str = "softmax",
+    numberless: bool = False,
+) -> bool:
     """Whether `torch.compile` is at work and could not trace this attention.
 
-    Linear attention is not traced either: torch 2.13 expects other strides of the gradient of `elu` than come.
+    Linear attention is not traced either: torch 2.13 expects other strides of the gradient of `elu` than come. On meta
+    and fake tensors, which have no numbers, the operator knows the shapes.
     """
-    if not torch.compiler.is_compiling():
+    if not (torch.compiler.is_compiling() or numberless):
         return False
-    rounds = sampling.rounds if training or sampling.eval_rounds is None else sampling.eval_rounds
+    rounds = sampling.rounds_of(training)
     exact = sampling.exact_eval and not training
     plain = exact or (rounds == 1 and sampling.estimator != "corrected" and sampling.chunk_batches is None)
     return several_sets or not plain or interaction != "softmax"
@@ -81,7 +90,7 @@ def attend_opaquely(
         sampling.rounds,
         sampling.eval_rounds,
         sampling.backend,
-        sampling.seed,
+        sampling.next_seed(query, query.shape[-3], training) or 0,
         sampling.exact_eval,
         str(sampling.chunk_batches),
         scale,
@@ -159,6 +168,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, grad: Tensor, grad_of_state: Tensor | None) -> tuple[Any, ...]:
+    refuse_second_derivative("attention in random batches inside torch.compile", "run it without compiling")
     operator: Any = torch.ops.randbatch.attend_opaquely_backward
     grads = operator(grad, *ctx.saved_tensors, *ctx.settings)
     return *grads, None, *(None for _ in range(_NUM_SETTINGS))

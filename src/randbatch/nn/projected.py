@@ -11,15 +11,17 @@ Shape letters: N tokens, n tokens of a piece, C channels, H heads, D = C / H hea
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from randbatch._autograd import pull_back
 from randbatch._shapes import Float, Int
-from randbatch.kernels import Backend, Problem
+from randbatch.kernels import BACKENDS, Backend, Problem
 from randbatch.kernels.cpu import put_rows
 from randbatch.partition import Partition
 
@@ -42,13 +44,33 @@ class _Attention:
     num_heads: int
     backend: Backend
     problem: Problem
+    num_batches: int
 
-    def pieces(self, x: Tensor) -> Iterator[tuple[Int[Tensor, " n"], Partition]]:
-        return self.part.chunks(batches_of_a_piece(self.part.num_slots, x.shape[1], x.dtype))
+    def pieces(self) -> Iterator[tuple[Int[Tensor, " n"], Partition]]:
+        """At most `num_batches` batches at a time, the same in backward, however many threads there are by then."""
+        return self.part.chunks(self.num_batches)
 
     def split(self, x: Float[Tensor, "n c"], parts: int = 1) -> tuple[Float[Tensor, "n h d"], ...]:
         """What stands side by side: query, key and value, and the heads of each."""
         return x.unflatten(1, (parts, self.num_heads, -1)).unbind(1)
+
+    def formula(
+        self,
+        x: Float[Tensor, "n c"],
+        in_weight: Float[Tensor, "c3 c"],
+        out_weight: Float[Tensor, "c c"],
+        *biases: Tensor,
+        of_input: bool,
+        of_output: bool,
+    ) -> Float[Tensor, "n c"]:
+        """The same in plain torch; there may be a bias of the input projection, of the output projection, or both."""
+        given = list(biases)
+        in_bias = given.pop(0) if of_input else None
+        out_bias = given.pop(0) if of_output else None
+        query, key, value = self.split(F.linear(x, in_weight, in_bias), 3)
+        problem = replace(self.problem, need_lse=False)
+        out, _ = BACKENDS["reference"].attend(query, key, value, self.part, problem, None)
+        return F.linear(out.flatten(1), out_weight, out_bias)
 
 
 class _Room:
@@ -85,7 +107,7 @@ class _Projected(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         result, room = torch.empty_like(x), _Room(x)
         kept: list[Tensor] = []
-        for rows, piece in how.pieces(x):
+        for rows, piece in how.pieces():
             projected = room.multiply("projected", room.take("x", x, rows), in_weight.mT, in_bias)
             query, key, value = how.split(projected, 3)
             out, lse = how.backend.forward(query, key, value, piece, how.problem)
@@ -101,10 +123,16 @@ class _Projected(torch.autograd.Function):
         ctx.save_for_backward(*tensors, *output[1:])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         how: _Attention = ctx.how
         x, in_weight, in_bias, out_weight, out_bias, *kept = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            given = [x, in_weight, out_weight, *(bias for bias in (in_bias, out_bias) if bias is not None)]
+            formula = partial(how.formula, of_input=in_bias is not None, of_output=out_bias is not None)
+            found = iter(pull_back(formula, given, grads[:1]))
+            to_x, to_in, to_out = next(found), next(found), next(found)
+            to_in_bias, to_out_bias = (None if bias is None else next(found) for bias in (in_bias, out_bias))
+            return to_x, to_in, to_in_bias, to_out, to_out_bias, None
         of_x, *of_parameters = ctx.needs_input_grad[:5]
         to_x = torch.empty_like(x) if of_x else None
         room = _Room(x)
@@ -113,7 +141,7 @@ class _Projected(torch.autograd.Function):
             for parameter, needed in zip((in_weight, in_bias, out_weight, out_bias), of_parameters, strict=True)
         ]
         to_in, to_in_bias, to_out, to_out_bias = totals
-        for (rows, piece), out, lse in zip(how.pieces(x), kept[::2], kept[1::2], strict=True):
+        for (rows, piece), out, lse in zip(how.pieces(), kept[::2], kept[1::2], strict=True):
             rows_of_x, of_result = room.take("x", x, rows), room.take("of_result", grads[0], rows)
             projected = room.multiply("projected", rows_of_x, in_weight.mT, in_bias)
             query, key, value = how.split(projected, 3)
@@ -164,6 +192,6 @@ def attend_projected(
     Returns:
         `[N, C]` in token order.
     """
-    how = _Attention(part, num_heads, backend, problem)
+    how = _Attention(part, num_heads, backend, problem, batches_of_a_piece(part.num_slots, x.shape[1], x.dtype))
     result: Any = _Projected.apply(x, in_weight, in_bias, out_weight, out_bias, how)
     return result[0]

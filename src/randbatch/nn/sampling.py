@@ -19,6 +19,7 @@ from randbatch._checks import (
     check_positive,
     check_qkv,
 )
+from randbatch._numerics import as_autocast
 from randbatch._shapes import Bool, Int, Shaped
 from randbatch.estimators import ESTIMATORS
 from randbatch.estimators.in_pieces import check_streams
@@ -26,12 +27,13 @@ from randbatch.functional import estimate, full_attention
 from randbatch.interactions import Options
 from randbatch.kernels import BACKENDS
 from randbatch.nn._sets import PaddedSets
+from randbatch.nn.calls import Calls, notice_shared_seed
 from randbatch.orthogonal import Rounds, draw_rounds
 from randbatch.partition import Partition, fold_seed, random_partition
 from randbatch.streaming import ChunkBatches, stream
 from randbatch.tolerance import RoundsChoice, choose_rounds
 
-__all__ = ["Sampling", "apply_in_batches", "attend_in_batches", "set_inference"]
+__all__ = ["Sampling", "apply_in_batches", "attend_in_batches", "sampling_of"]
 
 Observer = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], None]
 
@@ -49,7 +51,8 @@ class Sampling:
         rounds: R >= 1, partitions per call in training.
         eval_rounds: R in eval. Default: the same as `rounds`.
         backend: of softmax attention.
-        seed: the partitions of eval.
+        seed: the partitions of eval. What a graph gets depends on the graph and this alone, not on what else is in the
+            mini-batch.
         exact_eval: in eval, one batch holds each whole set: no sampling at all.
         tolerance: in eval, as many rounds as keep the relative error of this module's attention below it (see
             `choose_rounds`), instead of `eval_rounds`; for softmax attention only.
@@ -59,6 +62,8 @@ class Sampling:
     Attributes:
         chosen: what `tolerance` led to in the last call.
         observer: called with query, key, value, `batch` and the scale of every softmax attention of the module.
+        path: where the module is in the model whose calls are counted.
+        calls: of that model: a module that is called several times in its forward draws other partitions each time.
 
     Raises:
         TypeError: an argument that must be an int is not.
@@ -76,6 +81,8 @@ class Sampling:
     chunk_batches: ChunkBatches = None
     chosen: RoundsChoice | None = field(default=None, init=False, repr=False, compare=False)
     observer: Observer | None = field(default=None, init=False, repr=False, compare=False)
+    path: str = field(default="", init=False, repr=False, compare=False)
+    calls: Calls | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_integer("batch_size", self.batch_size, 2)
@@ -94,6 +101,19 @@ class Sampling:
         """Whether query, key and value must be there, in token order, before partitions are drawn."""
         return self.observer is not None or (not training and (self.exact_eval or self.tolerance is not None))
 
+    def rounds_of(self, training: bool) -> int:
+        """R of a call."""
+        return self.rounds if training or self.eval_rounds is None else self.eval_rounds
+
+    def next_seed(self, x: Tensor | None, num_tokens: int, training: bool) -> int | None:
+        """The seed of the next call, for an input of N tokens; None in training, where one is drawn."""
+        if training:
+            return None
+        seed = self.seed if self.calls is None else self.calls.seed_of(self.path, self.seed)
+        if x is not None and num_tokens > self.batch_size and not self.exact_eval:
+            notice_shared_seed(self, seed, x)
+        return seed
+
     def draw(
         self,
         num_tokens: int,
@@ -101,8 +121,9 @@ class Sampling:
         *,
         batch: Int[Tensor, " n"] | None = None,
         device: torch.device | None = None,
+        x: Tensor | None = None,
     ) -> Rounds:
-        """The partitions of one call."""
+        """The partitions of one call, whose input is `x`."""
         check_batch_vector(batch, num_tokens, torch.device("cpu") if device is None else device)
         exact = self.exact_eval and not training
         if self.tolerance is not None and not training and not exact:
@@ -110,13 +131,12 @@ class Sampling:
                 "tolerance is for softmax attention, whose error is known; give set_inference `rounds` instead, or set "
                 "`sampling.tolerance` of this module to None"
             )
-        rounds = self.rounds if training or self.eval_rounds is None else self.eval_rounds
         return draw_rounds(
             num_tokens,
             max(num_tokens, 2) if exact else self.batch_size,
-            1 if exact else rounds,
+            1 if exact else self.rounds_of(training),
             batch=batch,
-            seed=None if training else self.seed,
+            seed=self.next_seed(x, num_tokens, training),
             device=device,
         )
 
@@ -158,6 +178,7 @@ def attend_in_batches(
         return sets.restore(out)
     if mask is not None:
         raise ValueError("mask is for padded sets [B, N, H, D]; flat tokens [N, H, D] take batch")
+    query, key, value = as_autocast(query, key, value)
     softmax = interaction == "softmax"
     if softmax and sampling.observer is not None:
         sampling.observer(query, key, value, batch, scale)
@@ -166,9 +187,9 @@ def attend_in_batches(
     check_qkv(query, key, value)
     device = query.device
     if not softmax or sampling.tolerance is None or training:
-        rounds = sampling.draw(query.shape[0], training, batch=batch, device=device)
+        rounds = sampling.draw(query.shape[0], training, batch=batch, device=device, x=query)
     else:
-        p, seed = sampling.batch_size, sampling.seed
+        p, seed = sampling.batch_size, sampling.next_seed(query, query.shape[0], training) or 0
         sampling.chosen = choose_rounds(
             query, key, value, p, sampling.tolerance, batch=batch, estimator=sampling.estimator, scale=scale, seed=seed
         )
@@ -217,12 +238,17 @@ def apply_in_batches(
 
         return stream(of_piece, part, [x], chunk, owner)
 
-    rounds = sampling.draw(x.shape[0], training, batch=batch, device=x.device)
+    rounds = sampling.draw(x.shape[0], training, batch=batch, device=x.device, x=x)
     if isinstance(rounds, Partition):
         return apply(rounds)
     # Outputs are averaged, not merged: whole batches of p each time serve that better than smaller orthogonal ones.
     seeds = (fold_seed(rounds.seed, position) for position in range(rounds.rounds))
-    parts = (random_partition(x.shape[0], rounds.batch_size, batch=batch, seed=s, device=x.device) for s in seeds)
+    parts = (
+        random_partition(
+            x.shape[0], rounds.batch_size, batch=batch, seed=s, device=x.device, independent=rounds.independent
+        )
+        for s in seeds
+    )
     total = apply(next(parts))
     for part in parts:
         total = total + apply(part)
@@ -236,63 +262,6 @@ def _apply(function: Callable[[Tensor], Tensor], x: Tensor, part: Partition) -> 
         if out.shape[:2] != block.shape[:2]:
             raise ValueError(f"the module must map {list(block.shape)} to [B, N, C'], it returned {list(out.shape)}")
     return part.unpack(part.join(outs))
-
-
-def set_inference(
-    model: nn.Module,
-    mode: str = "rounds",
-    *,
-    rounds: int | None = None,
-    tolerance: float | None = None,
-    seed: int = 0,
-) -> int:
-    """Choose how a model with random batches predicts in eval; training is not changed.
-
-    Args:
-        model: any model that holds such modules (`RandomBatchAttention`, `RandomBatch`, whatever `convert` made).
-        mode: `"exact"`: attention over each whole set, O(N²) time and O(N) memory for softmax; `"rounds"`: random
-            batches, `rounds` partitions per layer.
-        rounds: R >= 1, for `"rounds"` only. Default: 1.
-        tolerance: relative error > 0, for `"rounds"` only and instead of `rounds`: every softmax attention takes as
-            many rounds as keep its own error below it (see `choose_rounds`), and says so in `module.sampling.chosen`.
-            Errors of layers add up on their way to the output.
-        seed: the partitions of eval; each module derives its own, so that layers do not share their batches.
-
-    Returns:
-        How many modules were set.
-
-    Raises:
-        TypeError: `rounds` or `seed` is not an int, or `tolerance` no number.
-        ValueError: an unknown mode, `rounds` or `tolerance` given with `"exact"` or both, or no module with random
-            batches in the model.
-
-    Example:
-        >>> layer = torch.nn.TransformerEncoderLayer(16, 4, batch_first=True)
-        >>> import randbatch as rb
-        >>> _ = rb.convert(layer, batch_size=8)
-        >>> rb.set_inference(layer, mode="exact")
-        1
-    """
-    check_choice("mode", mode, ("exact", "rounds"))
-    if mode == "exact":
-        for name, given in (("rounds", rounds), ("tolerance", tolerance)):
-            if given is not None:
-                raise ValueError(f"{name} must be left out with mode 'exact', got {given}")
-    if tolerance is not None:
-        check_positive("tolerance", tolerance)
-        if rounds is not None:
-            raise ValueError(f"rounds must be left out when tolerance is given, which chooses them; got {rounds}")
-    rounds = check_integer("rounds", 1 if rounds is None else rounds, 1)
-    check_integer("seed", seed)
-    found = [sampling for module in model.modules() if (sampling := sampling_of(module)) is not None]
-    if not found:
-        raise ValueError(f"model must hold a module with random batches, but {type(model).__name__} holds none")
-    for position, sampling in enumerate(found):
-        sampling.exact_eval = mode == "exact"
-        if mode == "rounds":
-            sampling.eval_rounds, sampling.tolerance, sampling.chosen = rounds, tolerance, None
-            sampling.seed = fold_seed(seed, position)
-    return len(found)
 
 
 def sampling_of(module: nn.Module) -> Sampling | None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from randbatch._checks import check_integer
 from randbatch._shapes import Bool, Float, Int
+from randbatch.nn.calls import next_seed
 from randbatch.nn.sampling import Sampling, apply_in_batches
 
 __all__ = ["RandomBatch"]
@@ -29,7 +30,7 @@ class RandomBatch(torch.nn.Module):
         rounds: R >= 1 partitions per call in training. Their outputs are averaged: a module that returns no
             denominators leaves nothing else to merge. Default: 1.
         eval_rounds: R in eval. Default: the same as `rounds`.
-        seed: the partitions of eval. Give each layer of a stack its own. Default: 0.
+        seed: the partitions of eval. Default: one of its own, see `RandomBatchAttention`.
         chunk_batches: batches at a time, computed again in backward: memory is that of input, output, their gradients
             and one piece. The module is called once for each piece (so batch norms see pieces, and update twice).
             Default: None, all at once.
@@ -51,13 +52,14 @@ class RandomBatch(torch.nn.Module):
         *,
         rounds: int = 1,
         eval_rounds: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         chunk_batches: int | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(module, torch.nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
         self.module = module
+        seed = next_seed() if seed is None else seed
         self.sampling = Sampling(batch_size, rounds=rounds, eval_rounds=eval_rounds, seed=seed)
         if chunk_batches is not None:
             self.sampling.chunk_batches = check_integer("chunk_batches", chunk_batches, 1)

@@ -1,0 +1,20 @@
+"""The dtype that attention is computed in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["as_autocast"]
+
+
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast as autocast casts the arguments of `scaled_dot_product_attention`, outside of autocast not at all.
+
+    All floating dtypes but float64 become the autocast dtype, whichever backend computes.
+    """
+    kind = tensors[0].device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)

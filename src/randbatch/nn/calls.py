@@ -1,0 +1,135 @@
+"""Which call of which module this is, within one forward of a model: layers that share their batches do not mix.
+
+In eval a partition depends on a seed. `convert` and `set_inference` know the model: they derive each module's seed from
+its path, and count the calls of a module that is used several times, anew in every forward of the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from randbatch._autograd import is_transformed
+from randbatch.partition import fold_seed
+
+if TYPE_CHECKING:
+    from randbatch.nn.sampling import Sampling
+
+__all__ = ["Calls", "assign_seeds", "count_calls", "next_seed", "notice_shared_seed"]
+
+_made = 0  # layers of this process that were given no seed
+
+
+def next_seed() -> int:
+    """The seed of a layer that is given none: by its number among such layers of this process."""
+    global _made
+    _made += 1
+    return 0 if _made == 1 else fold_seed(0, _made)
+
+
+class Calls:
+    """How often each path was called in the present forward of a model; None between forwards.
+
+    Attributes:
+        counts: calls by path.
+        repeated: paths that were called more than once in one forward.
+    """
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] | None = None
+        self.repeated: set[str] = set()
+
+    def begin(self, module: nn.Module, args: Any) -> None:
+        """A forward pre-hook of the model."""
+        self.counts = {}
+
+    def end(self, module: nn.Module, args: Any, out: Any) -> None:
+        """A forward hook of the model."""
+        self.counts = None
+
+    def seed_of(self, path: str, seed: int) -> int:
+        """The seed of the next call of a module; its first call, and one outside of the model's forward, has `seed`.
+
+        Raises:
+            RuntimeError: activation checkpointing computes one of several calls again, and which is not known.
+        """
+        if self.counts is None:
+            if path in self.repeated and not torch.compiler.is_compiling() and _is_backward():
+                raise RuntimeError(
+                    f"{path} is called several times in a forward, and activation checkpointing cannot compute one of "
+                    "these calls again in eval: use train mode, or no checkpointing"
+                )
+            return seed
+        number = self.counts.get(path, 0)
+        self.counts[path] = number + 1
+        if number == 1:
+            self.repeated.add(path)
+        return seed if number == 0 else fold_seed(seed, number)
+
+
+def _is_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def count_calls(root: nn.Module) -> Calls:
+    """The counter of a model, which its hooks start anew in every forward; made where there is none."""
+    for hook in root._forward_pre_hooks.values():
+        owner: Any = getattr(hook, "__self__", None)
+        if isinstance(owner, Calls):
+            return owner
+    calls = Calls()
+    root.register_forward_pre_hook(calls.begin)
+    root.register_forward_hook(calls.end)
+    return calls
+
+
+def stop_counting(root: nn.Module, calls: Calls) -> None:
+    """Remove the hooks of `calls`."""
+    for hooks in (root._forward_pre_hooks, root._forward_hooks):
+        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is calls]:
+            del hooks[key]
+
+
+def assign_seeds(root: nn.Module, samplings: Iterable[tuple[str, Sampling]], seed: int) -> Calls:
+    """Give each module of `root` a seed that follows from its path, and count its calls."""
+    calls = count_calls(root)
+    for path, sampling in samplings:
+        sampling.seed = fold_seed(seed, int.from_bytes(hashlib.sha256(path.encode()).digest()[:6]))
+        sampling.path, sampling.calls = path, calls
+    return calls
+
+
+def _is_alike(old: Tensor | None, new: Tensor) -> bool:
+    """Whether two models are compared on one input, and not two layers called one after the other."""
+    if old is None or old.shape != new.shape:
+        return False
+    return old is new or torch.allclose(old.detach().float().cpu(), new.detach().float().cpu(), rtol=1e-2)
+
+
+_last: tuple[int, Any, Any] | None = None
+_warned = False
+
+
+def notice_shared_seed(sampling: Sampling, seed: int, x: Tensor) -> None:
+    """Warn once, when two modules in turn draw the same random batches in eval, for inputs `x` that differ."""
+    global _last, _warned
+    if _warned or torch.compiler.is_compiling() or is_transformed():
+        return
+    before, _last = _last, (seed, ref(sampling), ref(x))
+    if before is None or before[0] != seed:
+        return
+    other, old = before[1](), before[2]()
+    if other is not None and other is not sampling and not _is_alike(old, x):
+        _warned = True
+        warnings.warn(
+            "two modules with the same seed drew the same random batches in eval; if they are layers of one model, "
+            "tokens of different batches never mix there: call randbatch.set_inference(model, rounds=...), which gives "
+            "each module a seed of its own. Copies of one model may share their seeds",
+            stacklevel=2,
+        )
