@@ -15,7 +15,8 @@ from randbatch.train.data.ogb import OGB_DATASETS
 def tiny_arrays(num_nodes: int = 20, splits: int = 10) -> dict[str, np.ndarray]:
     """The arrays of the heterophilous-graphs benchmark, small."""
     rng = np.random.default_rng(0)
-    roles = rng.integers(0, 3, (splits, num_nodes))
+    pairs = np.stack([rng.permutation(num_nodes // 2) % 3 for _ in range(splits)])  # both classes have every role
+    roles = pairs.repeat(2, axis=1)
     return {
         "node_features": rng.normal(size=(num_nodes, 4)).astype(np.float32),
         "node_labels": np.arange(num_nodes) % 2,
@@ -150,26 +151,27 @@ def test_ogb_from_its_files(tmp_path: Path, name: str) -> None:
     proteins = name == "ogbn-proteins"
     edges = np.array([[0, 1], [1, 2], [3, 2], [4, 0]])
     write_csv(raw / "edge.csv.gz", edges)
-    write_csv(raw / "num-node-list.csv.gz", np.array([5]))
+    write_csv(raw / "num-node-list.csv.gz", np.array([6]))
     write_csv(raw / "num-edge-list.csv.gz", np.array([4]))
-    write_csv(raw / "node_year.csv.gz", np.arange(5))
-    write_csv(raw / "node_species.csv.gz", np.arange(5))
-    write_csv(raw / "node-label.csv.gz", np.eye(5, 3) if proteins else np.array([0, 2, 1, 0, 2]))
+    write_csv(raw / "node_year.csv.gz", np.arange(6))
+    write_csv(raw / "node_species.csv.gz", np.arange(6))
+    tasks = np.eye(6, 3)[[0, 3, 1, 4, 2, 5]]  # every role has a task with both a yes and a no
+    write_csv(raw / "node-label.csv.gz", tasks if proteins else np.array([0, 2, 1, 0, 2, 1]))
     write_csv(
-        raw / ("edge-feat.csv.gz" if proteins else "node-feat.csv.gz"), np.arange(8 if proteins else 10).reshape(-1, 2)
+        raw / ("edge-feat.csv.gz" if proteins else "node-feat.csv.gz"), np.arange(8 if proteins else 12).reshape(-1, 2)
     )
-    for role, chosen in (("train", [0, 1, 2]), ("valid", [3]), ("test", [4])):
+    for role, chosen in (("train", [0, 1]), ("valid", [2, 3]), ("test", [4, 5])):
         write_csv(split / f"{role}.csv.gz", np.array(chosen))
     for _ in range(2):
         data = load_dataset(name, tmp_path)
         graph = data.graphs[0]
         assert graph.edge_index.shape == (2, 8)
-        assert [int(mask.sum()) for mask in (graph.train, graph.val, graph.test)] == [3, 1, 1]
+        assert [int(mask.sum()) for mask in (graph.train, graph.val, graph.test)] == [2, 2, 2]
         assert (data.metric, data.num_outputs) == (("rocauc", 3) if proteins else ("accuracy", 3))
         if proteins:  # ogb lists each edge in both directions; node 0 has edges 0 and 3, of features (0, 1) and (6, 7)
             assert graph.x[0].tolist() == [3.0, 4.0]
         else:
-            assert graph.y.tolist() == [0, 2, 1, 0, 2]
+            assert graph.y.tolist() == [0, 2, 1, 0, 2, 1]
     with pytest.raises(ValueError, match="split must be 0"):
         load_dataset(name, tmp_path, 1)
 
@@ -223,7 +225,7 @@ def test_npz(tmp_path: Path) -> None:
         ("edges", np.zeros((4, 2)), r"edges must be integers \[E, 2\], got shape \[4, 2\], dtype float64"),
         ("node_features", np.zeros(20), r"node_features must be numbers \[N, F\], got shape \[20\]"),
         ("node_labels", np.zeros(19, dtype=int), r"node_labels must be integers \[N\] with N = 20, got shape \[19\]"),
-        ("node_labels", np.full(20, -1), "node_labels must be classes >= 0, got -1"),
+        ("node_labels", np.full(20, -1), "node_labels must be classes >= 0, no more than there are nodes, got -1"),
         ("val_masks", np.zeros((10, 21), dtype=bool), r"val_masks must be bool \[S, N\] or \[N\] with N = 20"),
     ],
 )

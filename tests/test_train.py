@@ -16,16 +16,16 @@ import torch
 from sklearn.metrics import f1_score, roc_auc_score
 from torch import nn
 
-from randbatch._files import write_bytes
+from randbatch._files import read_record, write_bytes
 from randbatch.cli import main
 from randbatch.estimators import ESTIMATORS
 from randbatch.models import ATTENTIONS, CONVOLUTIONS
 from randbatch.train import PRESETS, RunConfig, SweepConfig, preset, train_run, train_sweep
 from randbatch.train import loop as loop_module
-from randbatch.train.checkpoint import load_checkpoint, load_weights, read_tensors, save_checkpoint, save_tensors
+from randbatch.train.checkpoint import load_weights, read_checkpoint, read_tensors, save_checkpoint, save_tensors
 from randbatch.train.config import Attention, Settings
 from randbatch.train.data import GroupsOptions, make_groups
-from randbatch.train.loop import read_log
+from randbatch.train.folder import read_log
 from randbatch.train.machine import pick_device
 from randbatch.train.metrics import loss, score
 from randbatch.train.sweep import load_sweep
@@ -33,7 +33,7 @@ from randbatch.train.sweep import load_sweep
 SMALL = {"hidden": 16, "heads": 2, "layers": 2, "batch_size": 16, "epochs": 6, "dropout": 0.1, "graphs_per_step": 2}
 FIELDS = [
     "dataset", "attention", "batch_size", "estimator", "rounds", "seed", "split", "metric", "val", "test", "best_epoch",
-    "epochs", "seconds_per_epoch", "peak_memory_bytes", "num_parameters", "config", "versions", "commit",
+    "epochs", "seconds_per_epoch", "peak_memory_bytes", "num_parameters", "config", "data", "versions", "commit",
 ]  # fmt: skip
 
 
@@ -86,7 +86,7 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path, attention: str) -> None:
     config = RunConfig(attention=attention, **SMALL)
     result = train_run(config, make_groups(0, small_groups()), tmp_path / "run")
     assert list(result) == FIELDS
-    assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
+    assert read_record(tmp_path / "run" / "result.json") == result
     lines = read_log(tmp_path / "run")
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4, 5, 6]
     best = max(lines, key=lambda line: line["val"])
@@ -154,15 +154,23 @@ def test_the_learning_rate_decays(tmp_path: Path) -> None:
         train_run(replace(decaying, epochs=3), data, tmp_path)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def test_other_checkpoints_are_refused(tmp_path: Path) -> None:
-    config, data = RunConfig(**SMALL | {"epochs": 1}), make_groups(0, small_groups())
+    config, data = RunConfig(**SMALL | {"epochs": 2}), make_groups(0, small_groups())
     train_run(config, data, tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match=r"is of another model: embed.bias is \[16\] there and \[32\] here"):
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"holds a run with hidden=16, not 32"):
         train_run(replace(config, hidden=32), data, tmp_path)
     with pytest.raises(ValueError, match=r"holds a run with lr=0.001, not 0.1"):
         train_run(replace(config, lr=0.1), data, tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with pytest.raises(ValueError, match=r"has run 2 epochs already, it cannot stop at 1"):  # whose score is not known
+        train_run(replace(config, epochs=1), data, tmp_path)
+    with pytest.raises(ValueError, match=r"is of other data: those of 'groups' are not what it was trained on"):
+        train_run(config, make_groups(1, small_groups()), tmp_path)
+    assert contents(tmp_path) == before
     checkpoint = tmp_path / "checkpoint.safetensors"
     for content in (before["checkpoint.safetensors"][:-100], before["checkpoint.safetensors"][:50], b"", b"junk" * 99):
         checkpoint.write_bytes(content)
@@ -172,17 +180,20 @@ def test_other_checkpoints_are_refused(tmp_path: Path) -> None:
         assert (tmp_path / "log.jsonl").read_bytes() == before["log.jsonl"]
 
 
-def test_checkpoint_round_trip(tmp_path: Path) -> None:
-    def make() -> tuple[nn.Module, torch.optim.Optimizer]:
-        model = nn.Linear(3, 2)
-        return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+def linear() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = nn.Linear(3, 2)
+    return model, torch.optim.AdamW(model.parameters(), lr=0.1)
 
-    (model, optimizer), (other, other_optimizer) = make(), make()
+
+def test_checkpoint_round_trip(tmp_path: Path) -> None:
+    (model, optimizer), (other, other_optimizer) = linear(), linear()
     model(torch.randn(4, 3)).sum().backward()
     optimizer.step()
     save_checkpoint(tmp_path / "a", model, optimizer, {"epoch": 3})
     draw = torch.rand(3)
-    assert load_checkpoint(tmp_path / "a", other, other_optimizer) == {"epoch": 3}
+    found = read_checkpoint(tmp_path / "a")
+    found.restore(other, other_optimizer, stepped=True)
+    assert found.about == {"epoch": 3}
     assert torch.equal(draw, torch.rand(3))
     states = (o.state_dict()["state"].values() for o in (optimizer, other_optimizer))
     for ours, theirs in zip(*states, strict=True):
@@ -190,8 +201,39 @@ def test_checkpoint_round_trip(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist"):
         read_tensors(tmp_path / "none")
     save_tensors(tmp_path / "b", {"weight": torch.zeros(2, 3), "extra": torch.zeros(1)}, {})
-    with pytest.raises(ValueError, match=r"bias is nothing there and \[2\] here"):
+    with pytest.raises(ValueError, match=r"bias is nothing there and \[2\] float32 here"):
         load_weights(model, read_tensors(tmp_path / "b")[0], tmp_path / "b")
+
+
+def test_a_checkpoint_is_whole_or_refused(tmp_path: Path) -> None:
+    """One flipped bit of a weight, no state of the optimizer, no generator; the model stays as it was."""
+    (model, optimizer), (other, other_optimizer) = linear(), linear()
+    model(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    path = tmp_path / "a"
+    save_checkpoint(path, model, optimizer, {"epoch": 3})
+    before, draws = {name: tensor.clone() for name, tensor in other.state_dict().items()}, torch.get_rng_state()
+    content = bytearray(path.read_bytes())
+    content[-30] ^= 1
+    (tmp_path / "flipped").write_bytes(content)
+    with pytest.raises(ValueError, match="was changed since it was written"):
+        read_checkpoint(tmp_path / "flipped")
+    tensors, about = read_tensors(path)
+    for missing, message in (
+        ("optimizer.", "the optimizer's state 0 is not whole"),
+        ("optimizer.1.", "the optimizer's state 1 is not whole"),
+        ("optimizer.0.exp_avg_sq", "the optimizer's state 0 is not whole"),
+        ("rng.", "the random number generator's state is not whole"),
+        ("model.bias", "is of another model: bias is nothing there"),
+    ):
+        save_tensors(tmp_path / "b", {n: t for n, t in tensors.items() if not n.startswith(missing)}, about)
+        with pytest.raises(ValueError, match=message):
+            read_checkpoint(tmp_path / "b").restore(other, other_optimizer, stepped=True)
+    save_tensors(tmp_path / "b", tensors | {"more": torch.zeros(1)}, about)
+    with pytest.raises(ValueError, match="it holds more"):
+        read_checkpoint(tmp_path / "b")
+    assert all(torch.equal(before[name], tensor) for name, tensor in other.state_dict().items())
+    assert torch.equal(draws, torch.get_rng_state())
 
 
 def test_files_are_written_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,58 +1,91 @@
-"""Weights and resumable checkpoints: safetensors files, written in one step, read without pickle."""
+"""Weights and resumable checkpoints: safetensors files, written in one step, read without pickle.
+
+A checksum over names, shapes, numbers and the document beside them is part of every file: what is read is what was
+written.
+"""
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from randbatch._files import write_bytes
+from randbatch._errors import InvalidValue
+from randbatch._files import json_text, open_regular, parse_json, write_bytes
 from randbatch._optional import require
+from randbatch.train.checksum import update_hash
 
-__all__ = ["load_checkpoint", "load_weights", "read_tensors", "save_checkpoint", "save_tensors"]
+__all__ = ["Checkpoint", "check_weights", "load_weights", "read_checkpoint", "read_tensors", "save_checkpoint",
+           "save_tensors"]  # fmt: skip
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
     """Write tensors and a JSON document about them as one safetensors file, in one step."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, require("safetensors.torch").save(whole, metadata={"about": json.dumps(about)}))
+    text = json_text(about)
+    metadata = {"about": text, "sha256": _checksum(whole, text)}
+    write_bytes(path, require("safetensors.torch").save(whole, metadata=metadata))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `save_tensors` wrote.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is truncated or no such file of ours.
+        MissingFile: there is no such file.
+        InvalidValue: the file is truncated, was changed, or is no such file of ours.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
     safetensors = require("safetensors")
+    open_regular(path).close()  # safetensors would wait for a FIFO
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
-            about = json.loads((file.metadata() or {})["about"])
-            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
-    except (safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a whole checkpoint of randbatch: {error}") from error
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except OSError:
+        raise
+    except Exception as error:  # of safetensors, of the dtype it was told
+        raise InvalidValue(f"{path} is not a whole checkpoint of randbatch: {error}") from error
+    if not {"about", "sha256"} <= metadata.keys():
+        raise InvalidValue(f"{path} is not a whole checkpoint of randbatch: it holds no checksum")
+    if metadata["sha256"] != _checksum(tensors, metadata["about"]):
+        raise InvalidValue(f"{path} is not a whole checkpoint of randbatch: it was changed since it was written")
+    about = parse_json(metadata["about"], path)
+    if not isinstance(about, dict):
+        raise InvalidValue(f"{path} is not a whole checkpoint of randbatch: it says nothing about itself")
+    return tensors, about
+
+
+def _checksum(tensors: Mapping[str, Tensor], about: str) -> str:
+    found = hashlib.sha256(about.encode())
+    for name, tensor in sorted(tensors.items()):
+        update_hash(found, name, tensor)
+    return found.hexdigest()
+
+
+def check_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
+    """Check that weights are those of a model, by their names, shapes and dtypes.
+
+    Raises:
+        InvalidValue: they are another model's; the message names the first parameter that differs.
+    """
+    own = model.state_dict()
+    for name in sorted(own.keys() | weights.keys()):
+        ours, theirs = _form(own.get(name)), _form(weights.get(name))
+        if ours != theirs:
+            raise InvalidValue(f"{source} is of another model: {name} is {theirs} there and {ours} here")
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
     """Put weights into a model.
 
     Raises:
-        ValueError: they are another model's; the message names the first parameter that differs. The model stays as
-            it was.
+        InvalidValue: they are another model's. The model stays as it was.
     """
-    own = model.state_dict()
-    for name in sorted(own.keys() | weights.keys()):
-        ours = list(own[name].shape) if name in own else "nothing"
-        theirs = list(weights[name].shape) if name in weights else "nothing"
-        if ours != theirs:
-            raise ValueError(f"{source} is of another model: {name} is {theirs} there and {ours} here")
+    check_weights(model, weights, source)
     model.load_state_dict(dict(weights))
 
 
@@ -68,25 +101,90 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     save_tensors(path, tensors, about)
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore what `save_checkpoint` wrote, and return its `about`.
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What `save_checkpoint` wrote, read and not yet used.
+
+    Attributes:
+        path: of the file.
+        about: the document.
+        model: weights by name.
+        optimizer: the state of each parameter by its number; nothing before the first step.
+        rng: states of random number generators by device.
+    """
+
+    path: Path
+    about: dict[str, Any]
+    model: dict[str, Tensor]
+    optimizer: dict[int, dict[str, Tensor]]
+    rng: dict[str, Tensor]
+
+    def check(self, model: nn.Module, *, stepped: bool) -> None:
+        """Check that it is one of `model`, and whole.
+
+        Args:
+            model: on any device, the meta device too.
+            stepped: whether the optimizer has made a step, so that every parameter has a state.
+
+        Raises:
+            InvalidValue: a weight, a state of the optimizer or of a generator is not there, or is another one's.
+        """
+        check_weights(model, self.model, self.path)
+        parameters = dict(enumerate(model.parameters())) if stepped else {}
+        for number in sorted(parameters.keys() | self.optimizer.keys()):
+            shape = list(parameters[number].shape) if number in parameters else None
+            state = self.optimizer.get(number, {})
+            want = {} if shape is None else {"step": [], "exp_avg": shape, "exp_avg_sq": shape}
+            if {name: list(tensor.shape) for name, tensor in state.items()} != want:
+                raise InvalidValue(
+                    f"{self.path} is not a whole checkpoint: the optimizer's state {number} is not whole"
+                )
+        cpu = self.rng.get("cpu")
+        if _form(cpu) != _form(torch.get_rng_state()) or not self.rng.keys() <= {"cpu", "cuda"}:
+            raise InvalidValue(
+                f"{self.path} is not a whole checkpoint: the random number generator's state is not whole"
+            )
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, stepped: bool) -> None:
+        """Put it into a model, its optimizer and the random number generators.
+
+        Raises:
+            InvalidValue: as `check`; nothing is changed.
+        """
+        self.check(model, stepped=stepped)
+        try:
+            torch.set_rng_state(self.rng["cpu"])
+        except RuntimeError as error:
+            raise InvalidValue(f"{self.path} is not a whole checkpoint: {error}") from error
+        model.load_state_dict(self.model)
+        optimizer.load_state_dict({"state": self.optimizer, "param_groups": optimizer.state_dict()["param_groups"]})
+        device = next(model.parameters()).device
+        if device.type == "cuda" and "cuda" in self.rng:
+            torch.cuda.set_rng_state(self.rng["cuda"], device)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read what `save_checkpoint` wrote.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, or the checkpoint is of another model.
+        MissingFile: there is no such file.
+        InvalidValue: the file is truncated, was changed, or is no checkpoint.
     """
     tensors, about = read_tensors(path)
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "rng": {}}
+    found = Checkpoint(path, about, {}, {}, {})
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
-        parts[part][rest] = tensor
-    load_weights(model, parts["model"], path)
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in parts["optimizer"].items():
-        number, _, rest = name.partition(".")
-        state.setdefault(int(number), {})[rest] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    torch.set_rng_state(parts["rng"]["cpu"])
-    if "cuda" in parts["rng"]:
-        torch.cuda.set_rng_state(parts["rng"]["cuda"], next(model.parameters()).device)
-    return about
+        number, _, kind = rest.partition(".")
+        if part == "model":
+            found.model[rest] = tensor
+        elif part == "rng":
+            found.rng[rest] = tensor
+        elif part == "optimizer" and number.isdecimal():
+            found.optimizer.setdefault(int(number), {})[kind] = tensor
+        else:
+            raise InvalidValue(f"{path} is no checkpoint to go on from: it holds {name}")
+    return found
+
+
+def _form(tensor: Tensor | None) -> str:
+    return "nothing" if tensor is None else f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import statistics
+import hashlib
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,18 +13,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from randbatch._files import read_json, write_json, write_text
+from randbatch._errors import UserError
+from randbatch._files import append_text, json_text, make_folder, write_record, write_text
+from randbatch._folders import locked, remove_stale
 from randbatch._optional import require
 from randbatch.models import GraphTransformer
-from randbatch.train.checkpoint import load_checkpoint, save_checkpoint, save_tensors
-from randbatch.train.config import RunConfig, to_json
+from randbatch.train.checkpoint import save_checkpoint, save_tensors
+from randbatch.train.config import RunConfig
 from randbatch.train.data import Dataset, Graph, Metric
+from randbatch.train.folder import (
+    CHECKPOINT,
+    LOG,
+    RESULT,
+    WEIGHTS,
+    Kept,
+    fresh_state,
+    make_result,
+    read_run,
+    settings_of,
+)
 from randbatch.train.machine import commit, peak_memory, pick_device, reset_peak_memory, versions
 from randbatch.train.metrics import loss, score
 
-__all__ = ["WEIGHTS", "Trainer", "read_log", "read_result", "train_run"]
+__all__ = ["Diverged", "Trainer", "make_model", "train_here", "train_run"]
 
-CHECKPOINT, WEIGHTS, LOG, RESULT = "checkpoint.safetensors", "best.safetensors", "log.jsonl", "result.json"
+
+class Diverged(UserError, ArithmeticError):  # noqa: N818, named as the others in `_errors`
+    """Loss, weights or predictions are not finite any more: there is nothing to score."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,39 +51,43 @@ class _Minibatch:
     batch: Tensor | None
 
 
+def make_model(config: RunConfig, dataset: Dataset) -> GraphTransformer:
+    """The model of a run, untrained."""
+    return GraphTransformer(
+        dataset.graphs[0].x.shape[1],
+        dataset.num_outputs,
+        channels=config.hidden,
+        layers=config.layers,
+        heads=config.heads,
+        local=config.local,
+        attention=config.attention,
+        batch_size=config.batch_size,
+        estimator=config.estimator,
+        rounds=config.rounds,
+        eval_rounds=config.eval_rounds,
+        order=config.order,
+        dropout=config.dropout,
+        input_dropout=config.input_dropout,
+        attention_dropout=config.attention_dropout if config.attention in ("rba", "full") else 0.0,
+        chunk_batches=config.chunk_batches,
+        seed=config.seed,
+    )
+
+
 class Trainer:
     """A model, its optimizer and its data on a device."""
 
     def __init__(self, config: RunConfig, dataset: Dataset) -> None:
         torch.manual_seed(config.seed)
         self.config = config
+        self.dataset = dataset
         self.metric: Metric = dataset.metric
         self.device = pick_device(config.device)
         self.commit = commit()
-        self.model = GraphTransformer(
-            dataset.graphs[0].x.shape[1],
-            dataset.num_outputs,
-            channels=config.hidden,
-            layers=config.layers,
-            heads=config.heads,
-            local=config.local,
-            attention=config.attention,
-            batch_size=config.batch_size,
-            estimator=config.estimator,
-            rounds=config.rounds,
-            eval_rounds=config.eval_rounds,
-            order=config.order,
-            dropout=config.dropout,
-            input_dropout=config.input_dropout,
-            attention_dropout=config.attention_dropout if config.attention in ("rba", "full") else 0.0,
-            chunk_batches=config.chunk_batches,
-            seed=config.seed,
-        ).to(self.device)
+        self.model = make_model(config, dataset).to(self.device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         graphs = [graph.to(self.device) for graph in dataset.graphs]
         self.train_graphs = [graph for graph in graphs if bool(graph.train.any())]
-        if not self.train_graphs:
-            raise ValueError(f"data set {dataset.name!r} has no node to train on")
         judged = [graph for graph in graphs if bool((graph.val | graph.test).any())]
         self.judged = [self._collate(part) for part in _parts(judged, config.graphs_per_step)]
         # One graph is prepared once; parts of several are drawn anew every epoch.
@@ -90,7 +109,11 @@ class Trainer:
         return _Minibatch(whole, self.model.prepare_edges(whole.edge_index, len(whole.x)), batch)
 
     def train_epoch(self, lr: float) -> float:
-        """Train on every training graph once; the mean loss per node."""
+        """Train on every training graph once; the mean loss per node.
+
+        Raises:
+            Diverged: a loss or a weight is not finite.
+        """
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -105,16 +128,25 @@ class Trainer:
             graph = step.graph
             logits = self.model(graph.x, step.edges, step.batch)
             value = loss(logits[graph.train], graph.y[graph.train])
+            now = float(value.detach())
+            if not math.isfinite(now):
+                raise Diverged(f"the loss is {now}")
             self.optimizer.zero_grad()
             value.backward()
             self.optimizer.step()
             nodes = int(graph.train.sum())
-            total, count = total + float(value.detach()) * nodes, count + nodes
+            total, count = total + now * nodes, count + nodes
+        if not bool(torch.stack([weight.isfinite().all() for weight in self.model.parameters()]).all()):
+            raise Diverged("a weight is not finite")
         return total / count
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Scores on the validation and the test nodes."""
+        """Scores on the validation and the test nodes.
+
+        Raises:
+            Diverged: a prediction is not finite.
+        """
         self.model.eval()
         found: dict[str, list[tuple[Tensor, Tensor]]] = {"val": [], "test": []}
         for step in self.judged:
@@ -122,50 +154,94 @@ class Trainer:
             for role, pairs in found.items():
                 chosen: Tensor = getattr(step.graph, role)
                 pairs.append((logits[chosen], step.graph.y[chosen]))
-        return {
-            role: score(self.metric, torch.cat([logits for logits, _ in pairs]), torch.cat([y for _, y in pairs]))
-            for role, pairs in found.items()
-        }
+        scores: dict[str, float] = {}
+        for role, pairs in found.items():
+            logits, y = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+            if not bool(logits.isfinite().all()):
+                raise Diverged("a prediction is not finite")
+            scores[role] = score(self.metric, logits, y)
+        return scores
 
 
 def train_run(config: RunConfig, dataset: Dataset, folder: Path, *, label: str = "train") -> dict[str, Any]:
     """Train one model, leaving log, weights, checkpoint and `result.json` in `folder`; return the result.
 
-    If the folder holds a checkpoint of the same settings, the run goes on from it, to the numbers of a run that was
-    never interrupted. More epochs are allowed if the learning rate does not decay. Interrupt it at any time: the last
-    finished epoch is on the disk.
+    If the folder holds a checkpoint of the same settings and the same data, the run goes on from it, to the numbers of
+    a run that was never interrupted. More epochs are allowed if the learning rate does not decay. Interrupt it at any
+    time: the last finished epoch is on the disk.
 
     Raises:
-        ValueError: the checkpoint is truncated, of another model or of other settings. The folder stays as it was.
+        InvalidValue: the folder is not new, or a file of the run is damaged, of another model, of other settings, of
+            other data; or another process is writing there. The folder stays as it was.
+        Diverged: the loss is not finite any more; the epochs before are on the disk.
     """
     trainer = Trainer(config, dataset)
-    state: dict[str, Any] = {"epoch": 0, "best_epoch": 0, "val": float("-inf"), "test": 0.0, "peak_memory_bytes": 0}
-    free = {"root", "device"} if config.lr_decay else {"root", "device", "epochs"}  # what a resumed run may change
-    settings = {name: value for name, value in to_json(config).items() if name not in free}
-    if (folder / CHECKPOINT).exists():
-        about = load_checkpoint(folder / CHECKPOINT, trainer.model, trainer.optimizer)
-        _check_settings(folder, settings, about["settings"])
-        state = about["state"]
-        kept = [line for line in read_log(folder) if line["epoch"] <= state["epoch"]]
-        write_text(folder / LOG, "".join(json.dumps(line) + "\n" for line in kept))
-    else:
-        write_text(folder / LOG, "")
+    make_folder(folder)
+    with locked(folder):
+        return train_here(trainer, folder, label=label)
+
+
+def train_here(trainer: Trainer, folder: Path, *, label: str, beside: Sequence[str] = ()) -> dict[str, Any]:
+    """`train_run` by somebody who holds the lock of the folder, in which the files `beside` are theirs."""
+    config, dataset = trainer.config, trainer.dataset
+    kept = read_run(folder, config, dataset, trainer.model, beside=beside)
+    remove_stale(folder)
+    if kept is not None and kept.result is not None and kept.state["epoch"] == config.epochs:
+        return kept.result
+    state = fresh_state() if kept is None else kept.state
+    lines = [] if kept is None else list(kept.lines)
+    record = _Record(trainer, folder, kept)
     reset_peak_memory(trainer.device)
     epochs = range(state["epoch"] + 1, config.epochs + 1)
-    bar = require("tqdm").tqdm(epochs, desc=label, initial=state["epoch"], total=config.epochs, unit="epoch")
-    with bar:
+    with require("tqdm").tqdm(epochs, desc=label, initial=state["epoch"], total=config.epochs, unit="epoch") as bar:
         for epoch in bar:
-            line = _one_epoch(trainer, epoch, state, folder)
-            with (folder / LOG).open("a") as log:
-                log.write(json.dumps(line) + "\n")
+            try:
+                line = _one_epoch(trainer, epoch, state, folder)
+            except Diverged as error:
+                raise Diverged(
+                    f"training of {label} diverged in epoch {epoch}: {error}; try a smaller --lr, now {config.lr}"
+                ) from error
+            lines.append(line)
             state["epoch"] = epoch
             state["peak_memory_bytes"] = max(state["peak_memory_bytes"], peak_memory(trainer.device))
-            about = {"state": state, "settings": settings}
-            save_checkpoint(folder / CHECKPOINT, trainer.model, trainer.optimizer, about)
-            bar.set_postfix(loss=f"{line['loss']:.4f}", val=f"{line.get('val', state['val']):.4f}")
-    result = _result(trainer, state, folder)
-    write_json(folder / RESULT, result)
+            record.add(line, state)
+            val = "" if state["val"] is None else f"{line.get('val', state['val']):.4f}"
+            bar.set_postfix(loss=f"{line['loss']:.4f}", val=val)
+    num_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    made_with = {"versions": versions(trainer.device), "commit": trainer.commit}
+    result = make_result(config, dataset, state, lines, num_parameters, made_with)
+    write_record(folder / RESULT, result)
     return result
+
+
+class _Record:
+    """Log and checkpoint of a run. The checkpoint comes last: what it does not know of did not happen."""
+
+    def __init__(self, trainer: Trainer, folder: Path, kept: Kept | None) -> None:
+        self.trainer, self.folder = trainer, folder
+        self.log = hashlib.sha256()
+        if kept is None:
+            self._save(fresh_state())  # first of all: it says whose the folder is
+        else:
+            kept.checkpoint.restore(trainer.model, trainer.optimizer, stepped=kept.state["epoch"] > 0)
+        text = "" if kept is None else kept.log
+        write_text(folder / LOG, text)
+        self.log.update(text.encode())
+
+    def add(self, line: dict[str, Any], state: dict[str, Any]) -> None:
+        """Note an epoch."""
+        text = f"{json_text(line)}\n"
+        append_text(self.folder / LOG, text)
+        self.log.update(text.encode())
+        self._save(state)
+
+    def _save(self, state: dict[str, Any]) -> None:
+        about = _about(self.trainer) | {"state": state, "log": self.log.hexdigest()}
+        save_checkpoint(self.folder / CHECKPOINT, self.trainer.model, self.trainer.optimizer, about)
+
+
+def _about(trainer: Trainer) -> dict[str, Any]:
+    return {"settings": settings_of(trainer.config), "data": trainer.dataset.fingerprint}
 
 
 def _one_epoch(trainer: Trainer, epoch: int, state: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -175,55 +251,10 @@ def _one_epoch(trainer: Trainer, epoch: int, state: dict[str, Any], folder: Path
     line["seconds"] = time.perf_counter() - start
     if epoch % trainer.config.eval_every == 0 or epoch == trainer.config.epochs:
         line |= trainer.evaluate()
-        if line["val"] > state["val"]:
+        if state["val"] is None or line["val"] > state["val"]:
             state |= {"best_epoch": epoch, "val": line["val"], "test": line["test"]}
-            save_tensors(folder / WEIGHTS, trainer.model.state_dict(), {"epoch": epoch})
+            save_tensors(folder / WEIGHTS, trainer.model.state_dict(), _about(trainer) | {"epoch": epoch})
     return line
-
-
-def _result(trainer: Trainer, state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    config = trainer.config
-    random = config.attention == "rba"
-    return {
-        "dataset": config.dataset,
-        "attention": config.attention,
-        "batch_size": config.batch_size if random else None,
-        "estimator": config.estimator if random else None,
-        "rounds": config.rounds if random else None,
-        "seed": config.seed,
-        "split": config.split,
-        "metric": trainer.metric,
-        "val": state["val"],
-        "test": state["test"],
-        "best_epoch": state["best_epoch"],
-        "epochs": state["epoch"],
-        "seconds_per_epoch": statistics.median(line["seconds"] for line in read_log(folder)),
-        "peak_memory_bytes": state["peak_memory_bytes"],
-        "num_parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
-        "config": to_json(config),
-        "versions": versions(trainer.device),
-        "commit": trainer.commit,
-    }
-
-
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log; a last line that an interruption cut is left out."""
-    lines = (folder / LOG).read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """The result of a finished run, None if it is not finished."""
-    path = folder / RESULT
-    return read_json(path) if path.exists() else None
-
-
-def _check_settings(folder: Path, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
-            raise ValueError(
-                f"{folder} holds a run with {name}={theirs.get(name)!r}, not {ours.get(name)!r}; choose another folder"
-            )
 
 
 def _parts(graphs: Sequence[Graph], size: int) -> list[Sequence[Graph]]:

@@ -11,7 +11,7 @@ from randbatch.train.data.npz import load_npz
 from randbatch.train.data.ogb import OGB_DATASETS, load_ogb
 from randbatch.train.data.pyg import PYG_DATASETS, load_pyg
 
-__all__ = ["DATASETS", "Dataset", "Graph", "GroupsOptions", "Metric", "load_dataset", "make_groups"]
+__all__ = ["DATASETS", "Dataset", "Graph", "GroupsOptions", "Metric", "load_dataset", "make_groups", "needs_root"]
 
 DATASETS = ("groups", *PYG_DATASETS, *OGB_DATASETS)
 
@@ -19,9 +19,14 @@ DATASETS = ("groups", *PYG_DATASETS, *OGB_DATASETS)
 def load_dataset(name: str, root: Path, split: int = 0) -> Dataset:
     """Load the data set called `name` (one of `DATASETS`), or the file it is the path of (`….npz`).
 
+    The libraries behind some names unpickle files under `root`, which runs any code that lies there: load from a folder
+    of your own. `needs_root` says which names these are. An `.npz` is read without pickle.
+
     Raises:
-        ValueError: an unknown name (the nearest one is suggested), a split that is not there, a file that is not whole.
-        FileNotFoundError: the files are not there and cannot be downloaded.
+        InvalidValue: an unknown name (the nearest one is suggested), a split that is not there, a file that is not
+            whole, numbers that cannot be trained on.
+        MissingFile: the files are not there and cannot be downloaded.
+        MissingExtra: the library behind the name is not installed.
     """
     check_integer("split", split, 0)
     if name.endswith(".npz"):
@@ -30,3 +35,8 @@ def load_dataset(name: str, root: Path, split: int = 0) -> Dataset:
     if name == "groups":
         return make_groups(split)
     return load_pyg(name, root, split) if name in PYG_DATASETS else load_ogb(name, root, split)
+
+
+def needs_root(name: str) -> bool:
+    """Whether a data set is read from files under `root`, by a library that unpickles them."""
+    return name in (*PYG_DATASETS, *OGB_DATASETS) and name != "karate"

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from randbatch._optional import require
 from randbatch.train.data.graph import Dataset, Graph, Metric, pick_split, random_masks
+from randbatch.train.data.reading import check_regular_files, reading
 
 __all__ = ["PYG_DATASETS", "load_pyg"]
 
@@ -69,36 +72,37 @@ def load_pyg(name: str, root: Path, split: int) -> Dataset:
     Edges are made undirected. Where the data set has splits, `split` is one of them; where it has none, it is the seed
     of a random split, 60 % train, 20 % val, 20 % test. A node without a label (−1) has no role.
 
+    torch_geometric unpickles files under `root`, which runs any code that lies there: load from a folder of your own.
+
     Raises:
-        ImportError: torch_geometric is not installed.
-        FileNotFoundError: the files are not under `root` and cannot be downloaded.
-        ValueError: there is no such split.
+        MissingExtra: torch_geometric is not installed.
+        MissingFile: the files are not under `root` and cannot be downloaded.
+        InvalidValue: there is no such split, or the files are damaged.
     """
-    data = _open(name, root)
-    y = data.y.squeeze(1) if data.y.dim() == 2 and data.y.shape[1] == 1 else data.y
-    masks: dict[str, Any] = {role: data.get(f"{role}_mask") for role in ("train", "val", "test")}
-    if any(mask is None for mask in masks.values()):
-        masks = random_masks(data.num_nodes, split)
-    else:
-        masks = pick_split(name, masks, split)
-    several = y.dim() == 2
-    if not several:
-        masks = {role: mask & (y >= 0) for role, mask in masks.items()}
-    edge_index = require("torch_geometric.utils").to_undirected(data.edge_index, num_nodes=data.num_nodes)
-    graph = Graph(data.x.float(), edge_index, y.float() if several else y.long(), **masks)
-    num_outputs = y.shape[1] if several else int(y.max()) + 1
-    return Dataset(name, (graph,), _METRICS.get(name, "accuracy"), num_outputs)
-
-
-def _open(name: str, root: Path) -> Any:
     class_name, options = PYG_DATASETS[name]
     dataset_class = getattr(require("torch_geometric.datasets"), class_name)
-    if class_name == "KarateClub":  # part of torch_geometric: no files
-        return dataset_class()[0]
+    to_undirected = require("torch_geometric.utils").to_undirected
     folder = root if class_name in _NAMES_ITS_FOLDER else root / name  # the others would share `raw/`
-    try:
-        return dataset_class(root=str(folder), **options)[0]
-    except OSError as error:
-        raise FileNotFoundError(
-            f"data set {name!r} is not whole under {folder} and could not be downloaded: {error}"
-        ) from error
+    if class_name == "KarateClub":  # part of torch_geometric: no files
+        data = dataset_class()[0]
+    else:
+        check_regular_files(root, options["name"] if folder == root else name)
+        with reading(name, folder):
+            data = dataset_class(root=str(folder), **options)[0]
+    with reading(name, folder):
+        y = data.y.squeeze(1) if data.y.dim() == 2 and data.y.shape[1] == 1 else data.y
+        several = y.dim() == 2
+        masks = _masks(name, data, split)
+        if not several:
+            masks = {role: mask & (y >= 0) for role, mask in masks.items()}
+        edge_index = to_undirected(data.edge_index, num_nodes=data.num_nodes)
+        graph = Graph(data.x.float(), edge_index, y.float() if several else y.long(), **masks)
+        num_outputs = y.shape[1] if several else int(y.max()) + 1
+        return Dataset(name, (graph,), _METRICS.get(name, "accuracy"), num_outputs)
+
+
+def _masks(name: str, data: Any, split: int) -> dict[str, Tensor]:
+    masks: dict[str, Any] = {role: data.get(f"{role}_mask") for role in ("train", "val", "test")}
+    if any(mask is None for mask in masks.values()):
+        return random_masks(data.num_nodes, split)
+    return pick_split(name, masks, split)
