@@ -115,7 +115,7 @@ CASES: dict[str, Case] = {
     "equal sets": (layer(), sets, {}),
     "padding": (layer(), sets, {"key_padding_mask": PADDING}),
     "padding with nan": (layer(), padded_with_nan, {"key_padding_mask": PADDING}),
-    "query, key and value": (layer(), lambda: (flat(), flat(), flat()), {}),
+    "query, key and value": (layer(), lambda: (flat(), flat(), flat()), {"same_tokens": True}),
     "wrapper": (lambda: RandomBatch(nn.Linear(16, 5), 8, rounds=1), lambda: (flat(),), {}),
     "convert: torch": (encoder, lambda: sets()[:1], {}),
     "convert: GPSConv": (gps, lambda: (flat(), EDGES), {}),

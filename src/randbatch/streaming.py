@@ -198,10 +198,11 @@ class _Pieces:
             for rows, piece in self.part.chunks(self.chunk_batches):
                 with torch.set_grad_enabled(wanted and out is None):
                     own = [take_rows(x.detach(), rows).requires_grad_(x.requires_grad) for x in tensors]
-                    since = mark()
+                    since = mark() if wanted else 0
                     more = self.function(piece, *own)
                 if out is None:
-                    self.closure.find([more], own, since)
+                    if wanted:
+                        self.closure.find([more], own, since)
                     out = more.new_empty(self.part.num_tokens, *more.shape[1:])
                 with torch.no_grad():
                     put_rows(out, rows, more.detach())

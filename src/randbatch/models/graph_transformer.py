@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from randbatch._checks import check_batch_vector, check_choice, check_integer, check_probability
 from randbatch._shapes import Float, Int
-from randbatch.models.local import make_convolution, prepare_edges
+from randbatch.models.local import make_convolution, pass_messages, prepare_edges
 from randbatch.nn import RandomBatchAttention
 from randbatch.partition import fold_seed
 
@@ -86,7 +86,7 @@ class _Layer(nn.Module):
         normed = h
         if self.conv is not None and self.conv_norm is not None:
             normed = self.conv_norm(h)
-            h = h + self.dropout(self.conv(normed, *edges))
+            h = h + self.dropout(pass_messages(self.conv, normed, edges))
         if self.attention is not None:
             normed = normed if self.attention_norm is None else self.attention_norm(h)
             h = h + self.dropout(self.attention(normed, batch=batch))
@@ -191,6 +191,7 @@ class GraphTransformer(nn.Module):
         x: Float[Tensor, "n f"],
         edge_index: Int[Tensor, "2 e"] | tuple[Tensor, ...],
         batch: Int[Tensor, " n"] | None = None,
+        num_graphs: int | None = None,
     ) -> Float[Tensor, "m k"]:
         """Predict.
 
@@ -198,9 +199,11 @@ class GraphTransformer(nn.Module):
             x: features `[N, F]`.
             edge_index: int64 `[2, E]`, from source to target, or the result of `prepare_edges`.
             batch: integers `[N]`, the graph of each node. Default: one graph.
+            num_graphs: G, at graph level, where `batch` numbers the graphs 0 … G−1 and some may have no node; they are
+                predicted from zeros. Default: max(batch) + 1, which must then be at most N.
 
         Returns:
-            `[N, K]`, or `[G, K]` at graph level, G = max(batch) + 1.
+            `[N, K]`, or `[G, K]` at graph level.
 
         Raises:
             TypeError: a wrong dtype.
@@ -209,17 +212,36 @@ class GraphTransformer(nn.Module):
         if x.dim() != 2 or x.shape[1] != self.embed.in_features:
             raise ValueError(f"x must have shape [N, {self.embed.in_features}], got {list(x.shape)}")
         check_batch_vector(batch, x.shape[0], x.device)
+        if num_graphs is not None:
+            check_integer("num_graphs", num_graphs, 1)
         edges = edge_index if isinstance(edge_index, tuple) else self.prepare_edges(edge_index, x.shape[0])
         h = self.embed(self.input_dropout(x))
         for layer in self.layers:
             h = layer(h, edges, batch)
         h = self.norm(h)
-        return self.head(h if self.level == "node" else _mean_over_graphs(h, batch))
+        return self.head(h if self.level == "node" else _mean_over_graphs(h, batch, num_graphs))
 
 
-def _mean_over_graphs(h: Float[Tensor, "n c"], batch: Int[Tensor, " n"] | None) -> Float[Tensor, "g c"]:
+def _mean_over_graphs(
+    h: Float[Tensor, "n c"], batch: Int[Tensor, " n"] | None, num_graphs: int | None
+) -> Float[Tensor, "g c"]:
     if batch is None:
-        return h.mean(dim=0, keepdim=True)
-    counts = torch.bincount(batch)
-    total = h.new_zeros(counts.numel(), h.shape[1]).index_add(0, batch, h)
+        batch = torch.zeros(len(h), dtype=torch.int64, device=h.device)
+        num_graphs = 1 if num_graphs is None else num_graphs
+    if not torch.compiler.is_compiling() or num_graphs is None:
+        num_graphs = _count_graphs(batch, num_graphs)
+    counts = h.new_zeros(num_graphs).index_add(0, batch, h.new_ones(len(h)))
+    total = h.new_zeros(num_graphs, h.shape[1]).index_add(0, batch, h)
     return total / counts.clamp(min=1).unsqueeze(1)  # an empty graph is zero
+
+
+def _count_graphs(batch: Int[Tensor, " n"], num_graphs: int | None) -> int:
+    """G, checked: there is a row for each of 0 … G−1, so numbers must not be ids of any size."""
+    largest = int(batch.max()) if len(batch) else -1
+    if num_graphs is None and largest >= max(len(batch), 1):
+        raise ValueError(
+            f"batch must number the graphs 0, 1, 2, …, got {largest} for {len(batch)} nodes; see num_graphs"
+        )
+    if num_graphs is not None and largest >= num_graphs:
+        raise ValueError(f"batch must hold graphs 0 to {num_graphs - 1}, as num_graphs says, got {largest}")
+    return largest + 1 if num_graphs is None else num_graphs

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from randbatch._autograd import pull_back
 from randbatch._checks import check_choice
 from randbatch._optional import require
-from randbatch._shapes import Int
+from randbatch._shapes import Float, Int
 
-__all__ = ["CONVOLUTIONS", "check_edges", "make_convolution", "prepare_edges"]
+__all__ = ["CONVOLUTIONS", "check_edges", "make_convolution", "pass_messages", "prepare_edges"]
 
 CONVOLUTIONS = ("gcn", "sage", "gat", "gin", "off")
 
@@ -33,6 +35,44 @@ def make_convolution(name: str, channels: int, heads: int) -> nn.Module | None:
         return pyg.GATConv(channels, channels // heads, heads=heads)
     mlp = nn.Sequential(nn.Linear(channels, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels))
     return pyg.GINConv(mlp, train_eps=True)
+
+
+def pass_messages(conv: nn.Module, x: Float[Tensor, "n c"], edges: tuple[Tensor, ...]) -> Float[Tensor, "n c"]:
+    """`conv(x, *edges)`; a sparse product, which torch has not in half dtypes, stays in those of the parameters."""
+    if edges[0].layout == torch.strided or not torch.is_autocast_enabled(x.device.type):
+        return conv(x, *edges)
+    parameters = dict(conv.named_parameters())
+    x = x.to(edges[0].dtype)
+    out: Any = _WithoutAutocast.apply(conv, edges, tuple(parameters), x, *parameters.values())
+    return out
+
+
+class _WithoutAutocast(torch.autograd.Function):
+    """A convolution outside of autocast, forward and backward, wherever backward is called; backward runs it again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, conv: nn.Module, edges: tuple[Tensor, ...], names: tuple[str, ...], x: Tensor, *parameters: Tensor
+    ) -> Tensor:
+        ctx.conv, ctx.edges, ctx.names = conv, edges, names
+        ctx.save_for_backward(x, *parameters)
+        with torch.autocast(x.device.type, enabled=False):
+            return conv(x, *edges)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        def formula(x: Tensor, *parameters: Tensor) -> Tensor:
+            named = dict(zip(ctx.names, parameters, strict=True))
+            return torch.func.functional_call(ctx.conv, named, (x, *ctx.edges))
+
+        inputs = ctx.saved_tensors
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            if not torch.is_grad_enabled():
+                inputs = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
+            found = pull_back(formula, inputs, grads)
+        if not torch.is_grad_enabled():
+            found = [None if x is None else x.detach() for x in found]
+        return None, None, None, *found
 
 
 def check_edges(edge_index: Tensor, num_nodes: int) -> None:
@@ -57,22 +97,29 @@ def prepare_edges(
 ) -> tuple[Tensor, ...]:
     """What the convolution called `name` takes beside the features, in the form it runs fastest on.
 
-    gcn, sage and gin multiply by a sparse CSR matrix `[N, N]` (row = target), which never stores a message per edge;
-    an edge that is listed twice counts once. gcn's edges are normalised and have self-loops. gat weighs each edge, so
-    it keeps `[2, E]`. So do all of them if not `sparse`, for `torch.compile`, and on a CPU build of torch without MKL,
-    which has no sparse product.
+    An edge that is listed twice counts once. gcn, sage and gin multiply by a sparse CSR matrix `[N, N]` (row = target),
+    which never stores a message per edge. gcn's edges are normalised and have self-loops. gat weighs each edge, so it
+    keeps `[2, E]`. So do all of them if not `sparse`, for `torch.compile`, and on a CPU in half precision or without
+    MKL, where torch has no sparse product.
     """
     check_choice("local", name, CONVOLUTIONS)
     check_edges(edge_index, num_nodes)
-    if name in ("gat", "off"):
+    with torch.inference_mode(False):  # they are kept, and training may be next to want them
+        return _prepare(name, edge_index.clone() if edge_index.is_inference() else edge_index, num_nodes, dtype, sparse)
+
+
+def _prepare(name: str, edge_index: Tensor, num_nodes: int, dtype: torch.dtype, sparse: bool) -> tuple[Tensor, ...]:
+    if name == "off":
+        return (edge_index,)
+    edge_index = require("torch_geometric.utils").coalesce(edge_index, num_nodes=num_nodes)
+    if name == "gat":
         return (edge_index,)
     weight = None
     if name == "gcn":
         norm = require("torch_geometric.nn.conv.gcn_conv").gcn_norm
         edge_index, weight = norm(edge_index, None, num_nodes, add_self_loops=True, dtype=dtype)
-    if weight is None:
-        edge_index = require("torch_geometric.utils").coalesce(edge_index, num_nodes=num_nodes)
-    if not (sparse and (edge_index.is_cuda or torch.backends.mkl.is_available())):
+    on_cpu = torch.backends.mkl.is_available() and dtype in (torch.float32, torch.float64)
+    if not (sparse and (edge_index.is_cuda or on_cpu)):
         return (edge_index,) if weight is None else (edge_index, weight)
     if weight is None:
         weight = torch.ones(edge_index.shape[1], dtype=dtype, device=edge_index.device)

@@ -128,8 +128,8 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
 
         Args:
             query: flat tokens `[N, C]`, or padded sets `[B, N, C]` (`[N, B, C]` if not `batch_first`).
-            key: `query` itself or an equal tensor, since row i of query, key and value is one token; another one of that
-                shape only with `same_tokens`. Default: `query`.
+            key: `query` itself or an equal tensor, since row i of query, key and value is one token; another one only
+                with `same_tokens`. Default: `query`.
             value: like `query`; row i belongs to row i of the key. Default: `key`.
             key_padding_mask: `[B, N]`, or `[N]` for one set `[N, C]`: True or −inf where there is no token. Such a row
                 takes no part, and its output is zero.
