@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import randbatch as rb
-from randbatch.partition import fold_seed
+from randbatch.orthogonal import draw_rounds
+from randbatch.partition import Partition, fold_seed
 
 
 def check_partition(part: rb.Partition, num_tokens: int, batch_size: int, graph: torch.Tensor | None = None) -> None:
@@ -222,3 +223,97 @@ def test_what_inference_has_worked_out_serves_training() -> None:
         out = rb.random_batch_attention(x, x, x, partition=part, backend=backend)
         assert torch.equal(out, want)
         out.sum().backward()
+
+
+def _graphs(*sizes: int) -> torch.Tensor:
+    return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+
+
+def _batches(part: Partition, start: int, stop: int) -> set[frozenset[int]]:
+    """The random batches of the tokens from `start` on, as they are numbered in their own graph."""
+    found = (frozenset((row - start).tolist()) for block in part.split(part.order) for row in block)
+    return {batch for batch in found if min(batch) >= 0 and max(batch) < stop - start}
+
+
+@pytest.mark.parametrize("ids", [[0, 1, 2], [7, 10**12, -1 + 2**40], [5, 3, 9]])
+def test_a_graph_is_split_as_if_it_were_alone(ids: list[int]) -> None:
+    sizes = (13, 29, 40)
+    batch = torch.tensor(ids).repeat_interleave(torch.tensor(sizes))
+    part = rb.random_partition(len(batch), 8, batch=batch, seed=5)
+    rounds = list(draw_rounds(len(batch), 8, 3, batch=batch, seed=5))
+    start = 0
+    for size in sizes:
+        alone = rb.random_partition(size, 8, seed=5)
+        assert _batches(part, start, start + size) == _batches(alone, 0, size)
+        own = list(draw_rounds(size, 8, 3, seed=5))
+        for number, each in enumerate(rounds):
+            met = {batch for batch in _batches(each, start, start + size) if len(batch) > 1}
+            want = {batch for batch in _batches(own[number], 0, size) if len(batch) > 1} if number < len(own) else set()
+            assert met == want
+        start += size
+
+
+def test_unordered_graphs_are_split_as_ordered_ones() -> None:
+    batch = torch.randint(0, 4, (90,))
+    part = rb.random_partition(90, 8, batch=batch, seed=1)
+    for graph in range(4):
+        tokens = (batch == graph).nonzero().squeeze(1)
+        place = torch.full((90,), -1).index_copy_(0, tokens, torch.arange(len(tokens)))
+        found = {frozenset(place[row].tolist()) for block in part.split(part.order) for row in block}
+        own = {batch for batch in found if min(batch) >= 0}
+        assert own == _batches(rb.random_partition(len(tokens), 8, seed=1), 0, len(tokens))
+
+
+def test_equal_graphs_are_split_independently_on_request() -> None:
+    """Two of 100 graphs of 12 in batches of 6 are split alike with probability 1/462; in training few may be."""
+    batch = _graphs(*[12] * 100)
+    for part in (
+        rb.random_partition(1200, 6, batch=batch, seed=1, independent=True),
+        draw_rounds(1200, 6, 1, batch=batch),
+    ):
+        assert isinstance(part, Partition)
+        splits = {frozenset(_batches(part, start, start + 12)) for start in range(0, 1200, 12)}
+        assert len(splits) > 80
+    alike = rb.random_partition(1200, 6, batch=batch, seed=1)
+    assert len({frozenset(_batches(alike, start, start + 12)) for start in range(0, 1200, 12)}) == 1
+
+
+@pytest.mark.unchecked
+@pytest.mark.parametrize(
+    ("change", "error", "why"),
+    [
+        ({"order": torch.arange(6, dtype=torch.int32)}, TypeError, "order must be int64"),
+        ({"order": [0, 1, 2, 3, 4, 5]}, TypeError, "order must be a tensor"),
+        ({"order": torch.arange(6).view(2, 3)}, ValueError, "order must have one dimension"),
+        ({"order": torch.tensor([0, 1, 2, 3, 4, 6])}, ValueError, "tokens 0 to 5, got 6"),
+        ({"order": torch.tensor([0, 1, 2, -1, 4, 5])}, ValueError, "tokens 0 to 5, got -1"),
+        ({"order": torch.tensor([0, 1, 2, 3, 4, 4])}, ValueError, "5 is missing"),
+        ({"groups": ((2, 4),)}, ValueError, "as many tokens as order, 6, got 8"),
+        ({"groups": ((1, 3), (1, 2))}, ValueError, "as many tokens as order, 6, got 5"),
+        ({"groups": ((1, 2), (1, 4))}, ValueError, "widest first"),
+        ({"groups": ((-1, 4), (5, 2))}, ValueError, "rows >= 1"),
+        ({"groups": [(2, 3)]}, TypeError, "groups must be a tuple"),
+        ({"groups": ((2.0, 3),)}, TypeError, "groups must be a tuple"),
+        ({"set_sizes": torch.tensor([6])}, ValueError, "given together"),
+        ({"set_of_batch": torch.tensor([0, 1]), "set_sizes": torch.tensor([6])}, ValueError, "sets 0 to 0"),
+        ({"set_of_batch": torch.tensor([0, 0]), "set_sizes": torch.tensor([5])}, ValueError, "set_sizes must be"),
+        ({"set_of_batch": torch.tensor([0]), "set_sizes": torch.tensor([6])}, ValueError, "each of 2 batches"),
+        ({"order": torch.tensor([1, 0, 2, 3, 4, 5]), "in_order": True}, ValueError, "in_order"),
+    ],
+)
+def test_a_partition_is_checked_where_it_is_made(change: dict, error: type[Exception], why: str) -> None:
+    good = {"order": torch.tensor([3, 1, 2, 0, 5, 4]), "groups": ((2, 3),)}
+    assert Partition(**good).num_batches == 2
+    with pytest.raises(error, match=why):
+        Partition(**(good | change))
+
+
+def test_partitions_made_in_inference_mode_can_train() -> None:
+    with torch.inference_mode():
+        own = Partition(torch.tensor([1, 0, 2, 3]), ((2, 2),))
+        parts = [own, rb.random_partition(4, 2), own.to("cpu"), *rb.orthogonal_partitions(4, 2, 2)]
+        parts += [rb.random_partition(4, 2, batch=torch.tensor([0, 0, 0, 1]))]
+    for part in parts:
+        x = torch.randn(4, 1, 8, requires_grad=True)
+        rb.random_batch_attention(x, x, x, partition=part).sum().backward()
+        assert x.grad is not None

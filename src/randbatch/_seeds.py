@@ -44,10 +44,15 @@ def draw_seed() -> int:
     generator would not be replayed, and gradients would be silently wrong.
     """
     drawn = torch.randint(0, 2**63 - 1, (), device="cpu")
-    if torch._C._are_functorch_transforms_active() and torch._C._functorch.is_batchedtensor(drawn):
-        raise NotImplementedError(
-            "torch.func.vmap cannot draw other random batches for each sample: say randomness='same', which draws once"
-        )
+    functorch: Any = torch._C._functorch
+    inner = drawn
+    while functorch.is_functorch_wrapped_tensor(inner):
+        if functorch.is_batchedtensor(inner):
+            raise NotImplementedError(
+                "torch.func.vmap cannot draw other random batches for each sample: say randomness='same', which draws "
+                "once for all"
+            )
+        inner = functorch.get_unwrapped(inner)
     return int(drawn.item())
 
 

@@ -94,10 +94,14 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Two attentions over different keys as one over all of them."""
-    total = torch.logaddexp(lse, more_lse)
-    finite = total.clamp(min=torch.finfo(total.dtype).min)  # nobody met in either: weights 0, not nan
-    old, new = (lse - finite).exp(), (more_lse - finite).exp()
-    return out * old.unsqueeze(-1) + more * new.unsqueeze(-1), total
+    # the result does not depend on the top, which needs no gradient; nobody met in either: weights 0, not NaN
+    top = torch.maximum(lse, more_lse).detach().clamp(min=torch.finfo(lse.dtype).min)
+    old, new = (lse - top).exp(), (more_lse - top).exp()
+    total = old + new
+    met = total > 0
+    total = torch.where(met, total, 1.0)
+    merged = out * (old / total).unsqueeze(-1) + more * (new / total).unsqueeze(-1)
+    return merged, torch.where(met, top + total.log(), -torch.inf)
 
 
 def _merge_rounds(
