@@ -117,7 +117,7 @@ _warned = False
 
 
 def notice_shared_seed(sampling: Sampling, seed: int, x: Tensor) -> None:
-    """Warn once, when two modules in turn draw the same random batches in eval, for inputs `x` that differ."""
+    """Warn once, when a module and its deep copy in turn draw the same random batches in eval, for other inputs `x`."""
     global _last, _warned
     if _warned or torch.compiler.is_compiling() or is_transformed():
         return
@@ -125,11 +125,13 @@ def notice_shared_seed(sampling: Sampling, seed: int, x: Tensor) -> None:
     if before is None or before[0] != seed:
         return
     other, old = before[1](), before[2]()
-    if other is not None and other is not sampling and not _is_alike(old, x):
+    if other is None or other is sampling or other.origin != sampling.origin:
+        return
+    if not _is_alike(old, x):
         _warned = True
         warnings.warn(
-            "two modules with the same seed drew the same random batches in eval; if they are layers of one model, "
-            "tokens of different batches never mix there: call randbatch.set_inference(model, rounds=...), which gives "
-            "each module a seed of its own. Copies of one model may share their seeds",
+            "a module and its deep copy drew the same random batches in eval; if they are layers of one model, tokens "
+            "of different batches never mix there: call randbatch.set_inference(model, rounds=...), which gives each "
+            "module a seed of its own. Two copies of a whole model may share their seeds",
             stacklevel=2,
         )

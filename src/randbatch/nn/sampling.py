@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,7 @@ class Sampling:
         chosen: what `tolerance` led to in the last call.
         observer: called with query, key, value, `batch` and the scale of every softmax attention of the module.
         path: where the module is in the model whose calls are counted.
+        origin: shared by deep copies alone.
         calls: of that model: a module that is called several times in its forward draws other partitions each time.
 
     Raises:
@@ -82,6 +84,7 @@ class Sampling:
     chosen: RoundsChoice | None = field(default=None, init=False, repr=False, compare=False)
     observer: Observer | None = field(default=None, init=False, repr=False, compare=False)
     path: str = field(default="", init=False, repr=False, compare=False)
+    origin: int = field(default_factory=count().__next__, init=False, repr=False, compare=False)
     calls: Calls | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
