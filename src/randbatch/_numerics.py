@@ -1,11 +1,11 @@
-"""The dtype that attention is computed in."""
+"""The dtype that attention is computed in, and whether there are numbers to compute with."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["as_autocast"]
+__all__ = ["as_autocast", "has_no_numbers"]
 
 
 def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -18,3 +18,10 @@ def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+
+
+def has_no_numbers(x: Tensor) -> bool:
+    """Whether `x` is a meta tensor, or a fake one outside of `torch.compile`: it has a shape, and no numbers."""
+    if torch.compiler.is_compiling():
+        return False
+    return x.is_meta or (type(x) is not Tensor and type(x).__name__ == "FakeTensor")

@@ -17,7 +17,7 @@ from randbatch._checks import (
     check_probability,
     check_qkv,
 )
-from randbatch._numerics import as_autocast
+from randbatch._numerics import as_autocast, has_no_numbers
 from randbatch._shapes import Float, Int
 from randbatch.estimators import pick_estimator
 from randbatch.estimators.in_pieces import Pipeline, estimate_in_pieces
@@ -102,20 +102,25 @@ def random_batch_attention(
         >>> torch.allclose(random_batch_attention(q, k, v, batch_size=1000), exact, atol=1e-5)
         True
     """
+    if torch.jit.is_tracing():
+        raise NotImplementedError("torch.jit.trace would keep one partition for ever; use torch.compile or export")
     query, key, value = as_autocast(query, key, value)
     check_qkv(query, key, value)
-    _look_at(query)
+    _warn_of_axes(query)
     check_batch_vector(batch, query.shape[0], query.device)
     check_probability("dropout_p", dropout_p)
     check_choice("interaction", interaction, INTERACTIONS)
     check_chunk_batches(chunk_batches)
     if tolerance is not None:
         _check_tolerance_alone(rounds, partition, dropout_p, interaction)
+    if has_no_numbers(query):
+        return value + 0.0 * (query.sum() + key.sum())  # of the right shape, dtype and graph
     if partition is not None:
         parts: Rounds = _check_partition(partition, query, rounds)
     elif batch_size is None:
         raise TypeError("batch_size is missing: give batch_size (an int >= 2) or a partition")
     else:
+        batch_size = check_integer("batch_size", batch_size, 2)
         if tolerance is not None:
             seed = draw_seed() if seed is None else seed
             rounds = choose_rounds(
@@ -146,13 +151,11 @@ def estimate(
     return pick_estimator(estimator)(query, key, value, rounds, interaction, options)
 
 
-def _look_at(query: Tensor) -> None:
-    """Refuse what would keep one partition for ever, and warn of axes that look exchanged."""
+def _warn_of_axes(query: Tensor) -> None:
+    """Warn where tokens and heads look exchanged."""
+    num_tokens, num_heads, _ = query.shape
     if torch.compiler.is_compiling():
         return
-    if torch.jit.is_tracing():
-        raise NotImplementedError("torch.jit.trace would keep one partition for ever; use torch.compile or export")
-    num_tokens, num_heads, _ = query.shape
     if num_heads >= _MANY_HEADS and num_heads > num_tokens:
         warnings.warn(
             f"query {list(query.shape)} is taken as {num_tokens} tokens of {num_heads} heads, [N, H, D]; if it is "

@@ -140,7 +140,7 @@ def draw_rounds(
     `seed=None` draws a seed from torch's default generator, and then sets of one size are split differently.
     """
     independent = seed is None
-    check_integer("rounds", rounds, 1)
+    rounds = check_integer("rounds", rounds, 1)
     if seed is None and rounds == 1 and batch is None and num_tokens <= batch_size:
         seed = 0  # one batch: nothing to draw
     if rounds == 1 and torch.compiler.is_compiling():
@@ -148,7 +148,7 @@ def draw_rounds(
     seed = draw_seed() if seed is None else seed
     if rounds == 1:
         return random_partition(num_tokens, batch_size, batch=batch, seed=seed, device=device, independent=independent)
-    check_integer("batch_size", batch_size, 2)
+    batch_size = check_integer("batch_size", batch_size, 2)
     return OrthogonalRounds(num_tokens, batch_size, rounds, batch, check_integer("seed", seed), device, independent)
 
 
@@ -233,10 +233,10 @@ def orthogonal_partitions(
         >>> len(parts), {part.num_slots for part in parts}  # 7 slopes, and the columns
         (8, {7})
     """
-    check_integer("num_tokens", num_tokens, 0)
-    check_integer("batch_size", batch_size, 2)
-    check_integer("rounds", rounds, 1)
-    check_integer("seed", seed)
+    num_tokens = check_integer("num_tokens", num_tokens, 0)
+    batch_size = check_integer("batch_size", batch_size, 2)
+    rounds = check_integer("rounds", rounds, 1)
+    seed = check_integer("seed", seed)
     target = torch.device(device) if device is not None else None
     if batch is not None:
         check_batch_vector(batch, num_tokens, batch.device)

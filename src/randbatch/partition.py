@@ -344,9 +344,9 @@ def random_partition(
         >>> sorted(part.order.tolist()) == list(range(10))
         True
     """
-    check_integer("num_tokens", num_tokens, 0)
+    num_tokens = check_integer("num_tokens", num_tokens, 0)
     batch_size = min(check_integer("batch_size", batch_size, 2), max(num_tokens, 1))
-    check_integer("seed", seed)
+    seed = check_integer("seed", seed)
     target = torch.device(device) if device is not None else (torch.device("cpu") if batch is None else batch.device)
     groups = balanced_groups(num_tokens, batch_size)
     with torch.inference_mode(False):  # it may be kept, and training may be next to want it
@@ -385,9 +385,9 @@ def random_subsets(
         >>> random_subsets(10, 3, 2, seed=1).shape
         torch.Size([2, 3])
     """
-    check_integer("batch_size", batch_size, 2)
-    check_integer("num_tokens", num_tokens, batch_size)
-    check_integer("draws", draws, 0)
+    batch_size = check_integer("batch_size", batch_size, 2)
+    num_tokens = check_integer("num_tokens", num_tokens, batch_size)
+    draws = check_integer("draws", draws, 0)
     keys = random_keys(draws * batch_size, check_integer("seed", seed), torch.device(device or "cpu"))
     keys = keys.view(draws, batch_size)
     for slot in range(batch_size):

@@ -7,17 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from randbatch._numerics import has_no_numbers
 from randbatch._shapes import Bool, Int, Shaped
 from randbatch.tracing import UNTRACEABLE
 
-__all__ = ["PaddedSets", "has_no_numbers", "kept_where_zero"]
-
-
-def has_no_numbers(x: Tensor) -> bool:
-    """Whether `x` is a meta tensor, or a fake one outside of `torch.compile`: it has a shape, and no numbers."""
-    if torch.compiler.is_compiling():
-        return False
-    return x.is_meta or (type(x) is not Tensor and type(x).__name__ == "FakeTensor")
+__all__ = ["PaddedSets", "kept_where_zero"]
 
 
 @dataclass(frozen=True, eq=False)

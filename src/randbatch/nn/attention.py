@@ -15,12 +15,13 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from randbatch._autograd import is_transformed
 from randbatch._checks import check_choice, check_integer, check_probability
+from randbatch._numerics import has_no_numbers
 from randbatch._shapes import Bool, Float, Int
 from randbatch.estimators import pick_estimator
 from randbatch.estimators.in_pieces import Pipeline, estimate_in_pieces
 from randbatch.interactions import INTERACTIONS, Options
 from randbatch.kernels import Problem, pick_backend
-from randbatch.nn._sets import PaddedSets, has_no_numbers, kept_where_zero
+from randbatch.nn._sets import PaddedSets, kept_where_zero
 from randbatch.nn.calls import next_seed
 from randbatch.nn.opaque import attend_opaquely, is_opaque
 from randbatch.nn.projected import attend_projected
@@ -98,8 +99,8 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_integer("embed_dim", embed_dim, 1)
-        check_integer("num_heads", num_heads, 1)
+        embed_dim = check_integer("embed_dim", embed_dim, 1)
+        num_heads = check_integer("num_heads", num_heads, 1)
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
         check_probability("dropout", dropout)

@@ -88,13 +88,13 @@ class Sampling:
     calls: Calls | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_integer("batch_size", self.batch_size, 2)
+        self.batch_size = check_integer("batch_size", self.batch_size, 2)
         check_choice("estimator", self.estimator, ESTIMATORS)
-        check_integer("rounds", self.rounds, 1)
+        self.rounds = check_integer("rounds", self.rounds, 1)
         if self.eval_rounds is not None:
-            check_integer("eval_rounds", self.eval_rounds, 1)
+            self.eval_rounds = check_integer("eval_rounds", self.eval_rounds, 1)
         check_choice("backend", self.backend, ["auto", *BACKENDS])
-        check_integer("seed", self.seed)
+        self.seed = check_integer("seed", self.seed)
         if self.tolerance is not None:
             check_positive("tolerance", self.tolerance)
         check_chunk_batches(self.chunk_batches)
