@@ -156,7 +156,7 @@ def test_the_op_is_as_far_from_the_flow_as_the_solver() -> None:
 
 
 def test_softmax_has_a_floor_and_the_unnormalised_flow_has_none() -> None:
-    x0 = start_of(CASES["sphere_softmax"], 8, 32, 0)
+    x0 = start_of(CASES["sphere_softmax"], 64, 32, 0)  # of 8 realisations the last slope is known to 0.1 only
     dts = [0.125, 0.0625, 1 / 32, 1 / 64, 1 / 128]
     noise = BrownianPath(0, dts[-1])
     last: dict[str, float] = {}

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from randbatch._errors import InvalidType, InvalidValue
-
 from randbatch._numerics import has_no_numbers
 
 MOST = 2**31 - 1

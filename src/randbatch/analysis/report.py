@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from randbatch._files import write_picture
-from randbatch._optional import pyplot
+from randbatch._optional import new_figure
 
 __all__ = ["draw", "tables"]
 
@@ -60,11 +60,10 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def draw(found: dict[str, Any], path: Path) -> None:
     """Error against batch size, a panel for each layer (thin: heads, thick: together), and n_eff of every head."""
-    plt = pyplot()
     layers = found["layers"]
     columns = min(_COLUMNS, len(layers) + 1)
     rows = math.ceil((len(layers) + 1) / columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(3.4 * columns, 3.1 * rows), layout="constrained", squeeze=False)
+    figure, grid = new_figure(rows, columns, figsize=(3.4 * columns, 3.1 * rows), axes={"squeeze": False})
     panels = list(grid.flat)
     first = panels[0]
     for axes in panels[1 : len(layers)]:
@@ -100,4 +99,3 @@ def draw(found: dict[str, Any], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.title.set_fontsize(9)
     write_picture(path, figure)
-    plt.close(figure)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from randbatch._checks import check_choice, check_integer
 from randbatch._files import write_picture, write_text
-from randbatch._optional import pyplot, require
+from randbatch._optional import new_figure, require
 from randbatch.analysis.plan import peak_allocated
 from randbatch.experiments.folders import open_folder
 from randbatch.experiments.peers import PEERS
@@ -159,8 +159,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _draw(config: BenchConfig, rows: Sequence[dict[str, Any]], path: Path) -> None:
-    plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    figure, (left, right) = new_figure(1, 2, figsize=(10, 4.2))
     for name in config.case:
         mine = [row for row in rows if row["case"] == name]
         sizes = [row["tokens"] for row in mine]
@@ -173,4 +172,3 @@ def _draw(config: BenchConfig, rows: Sequence[dict[str, Any]], path: Path) -> No
     left.legend(frameon=False, fontsize=8)
     figure.suptitle(f"C = {config.channels}, H = {config.heads}, p = {config.batch_size}")
     write_picture(path, figure)
-    plt.close(figure)

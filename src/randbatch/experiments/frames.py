@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from randbatch._files import write_bytes, write_picture
-from randbatch._optional import pyplot, require
+from randbatch._optional import new_figure, require
 from randbatch.experiments.cases import Case
 from randbatch.particles import Trajectory, cosine_histogram
 
@@ -24,12 +24,11 @@ _FRAMES_A_SECOND = 12
 
 def draw_strip(found: Trajectory, case: Case, title: str, path: Path) -> None:
     """A panel for each saved time, all with the same axes."""
-    plt = pyplot()
     count = len(found.times)
     columns = min(_COLUMNS, count)
     rows = -(-count // columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(2.6 * columns, 2.7 * rows), layout="constrained",
-                                squeeze=False, sharex=True, sharey=case.view != "line")  # fmt: skip
+    shared = {"squeeze": False, "sharex": True, "sharey": case.view != "line"}
+    figure, grid = new_figure(rows, columns, figsize=(2.6 * columns, 2.7 * rows), axes=shared)
     panels = list(grid.flat)
     for axes, time, state in zip(panels, found.times.tolist(), found.states, strict=False):
         _VIEWS[case.view](axes, state.cpu(), found.states.cpu(), case, time)
@@ -38,15 +37,13 @@ def draw_strip(found: Trajectory, case: Case, title: str, path: Path) -> None:
         axes.remove()
     figure.suptitle(title, fontsize=10)
     write_picture(path, figure)
-    plt.close(figure)
 
 
 def film(found: Trajectory, case: Case, title: str, path: Path) -> None:
     """A GIF with a frame for each saved time."""
-    plt = pyplot()
     image: Any = require("PIL.Image")
     frames: list[Any] = []
-    figure, axes = plt.subplots(figsize=(4, 4.2), layout="constrained", dpi=90)
+    figure, axes = new_figure(figsize=(4, 4.2), dpi=90)
     for time, state in zip(found.times.tolist(), found.states, strict=True):
         axes.clear()
         _VIEWS[case.view](axes, state.cpu(), found.states.cpu(), case, time)
@@ -54,7 +51,6 @@ def film(found: Trajectory, case: Case, title: str, path: Path) -> None:
         content = io.BytesIO()
         figure.savefig(content, format="png")
         frames.append(image.open(content).convert("P", palette=image.Palette.ADAPTIVE))
-    plt.close(figure)
     whole = io.BytesIO()
     duration = round(1000 / _FRAMES_A_SECOND)
     frames[0].save(whole, format="GIF", save_all=True, append_images=frames[1:], duration=duration, loop=0)

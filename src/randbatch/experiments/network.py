@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from randbatch._files import write_json, write_picture, write_text
-from randbatch._optional import pyplot
+from randbatch._optional import new_figure
 from randbatch.analysis.forces import LayerForce, OutputErrors, output_error, random_force
 from randbatch.estimators import ESTIMATORS
 from randbatch.experiments.report import csv_of
@@ -97,10 +97,9 @@ def _table(layers: Sequence[LayerForce], outputs: Sequence[OutputErrors]) -> str
 
 def _draw(layers: Sequence[LayerForce], outputs: Sequence[OutputErrors], path: Path) -> None:
     """A panel for each layer, and one for the output."""
-    plt = pyplot()
     columns = min(4, len(layers) + 1)
     rows = -(-(len(layers) + 1) // columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(3.5 * columns, 3.2 * rows), layout="constrained", squeeze=False)
+    figure, grid = new_figure(rows, columns, figsize=(3.5 * columns, 3.2 * rows), axes={"squeeze": False})
     panels = list(grid.flat)
     for axes, one in zip(panels, layers, strict=False):
         sizes = list(one.lemma)
@@ -129,4 +128,3 @@ def _draw(layers: Sequence[LayerForce], outputs: Sequence[OutputErrors], path: P
     for axes in panels[len(layers) + 1 :]:
         axes.remove()
     write_picture(path, figure)
-    plt.close(figure)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from randbatch._files import write_picture
-from randbatch._optional import pyplot
+from randbatch._optional import new_figure, require
 from randbatch.particles.rates import Convergence, Errors
 
 __all__ = ["csv_of", "draw_convergence", "points_csv"]
@@ -41,11 +41,10 @@ def points_csv(found: Convergence) -> str:
 
 def draw_convergence(found: Convergence, path: Path) -> None:
     """Strong and weak error against the step, with 95 % intervals, and lines of the slopes ½ and 1."""
-    plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    figure, (left, right) = new_figure(1, 2, figsize=(11, 4.4))
     labels = list(dict.fromkeys(one.label for one in found.errors))
     sizes = list(dict.fromkeys(one.batch_size for one in found.errors))
-    palette = plt.get_cmap("tab10").colors
+    palette = require("matplotlib").colormaps["tab10"].colors
     for one in found.errors:
         places = (labels.index(one.label), sizes.index(one.batch_size))
         color, line = places if len(labels) > len(sizes) else reversed(places)  # colours for what there is more of
@@ -63,7 +62,6 @@ def draw_convergence(found: Convergence, path: Path) -> None:
     right.legend(frameon=False, fontsize=8, bbox_to_anchor=(1.0, 1.0), loc="upper left")
     figure.suptitle(f"{found.name}, N = {found.num_particles}; faint: not resolved")
     write_picture(path, figure)
-    plt.close(figure)
 
 
 def _draw_strong(axes: Any, errors: Errors, style: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from randbatch._files import write_picture
-from randbatch._optional import pyplot
+from randbatch._optional import new_figure
 
 __all__ = ["draw_curves", "table"]
 
@@ -56,8 +56,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 def draw_curves(runs: Sequence[Run], path: Path) -> None:
     """Loss and validation score by epoch, and the test score of each attention with its time per epoch."""
-    plt = pyplot()
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure, (left, middle, right) = new_figure(1, 3, figsize=(13, 4))
     metric = runs[0][0]["metric"]
     seen: set[str] = set()
     for result, log in runs:
@@ -91,4 +90,3 @@ def draw_curves(runs: Sequence[Run], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{runs[0][0]['dataset']}: test score at the epoch with the best validation score")
     write_picture(path, figure)
-    plt.close(figure)
