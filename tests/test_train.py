@@ -297,11 +297,11 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (["--device", "tpu9"], "device must be 'auto'"),
         (["--batch-size", "1"], "batch_size must be at least 2, got 1"),
         (["--epochs", "0"], "epochs must be at least 1, got 0"),
-        (["--lr", "-1"], "lr must be positive, got -1.0"),
+        (["--lr", "-1"], "lr must be a finite number > 0, got -1.0"),
         (["--heads", "5"], "hidden must be a multiple of heads, got 64 and 5"),
         (["--seed"], "seed must name at least one"),
         (["--dropout", "1"], "dropout must lie in [0, 1)"),
-        (["--split", "0", "-1"], "split must be at least 0"),
+        (["--split", "0", "-1"], "split must lie in 0 "),
         (["--resume", "nowhere"], "resume: nowhere holds no run"),
     ],
 )

@@ -7,6 +7,8 @@ written.
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from randbatch._errors import InvalidValue
-from randbatch._files import json_text, open_regular, parse_json, write_bytes
+from randbatch._files import json_text, naming, open_regular, parse_json, write_bytes
 from randbatch._optional import require
 from randbatch.train.checksum import update_hash
 
@@ -39,17 +41,24 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         MissingFile: there is no such file.
         InvalidValue: the file is truncated, was changed, or is no such file of ours.
     """
-    safetensors = require("safetensors")
-    open_regular(path).close()  # safetensors would wait for a FIFO
-    try:
-        with safetensors.safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except OSError:
-        raise
-    except Exception as error:  # of safetensors, of the dtype it was told
-        raise InvalidValue(f"{path} is not a whole checkpoint of randbatch: {error}") from error
-    if not {"about", "sha256"} <= metadata.keys():
+    torch_files = require("safetensors.torch")
+    with open_regular(path) as file, naming(path):
+        try:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(8)
+            start += file.read(min(int.from_bytes(start, "little"), size))
+            header = json.loads(start[8:])
+            metadata = header.pop("__metadata__", {})
+            ends = [entry["data_offsets"][1] for entry in header.values()]
+            if size != len(start) + max(ends, default=0):  # memory is not asked for on the header's word alone
+                raise ValueError(f"it has {size} bytes, not {len(start) + max(ends, default=0)}")
+            # Not `safe_open`: it runs Python inside, where Ctrl-C would become an error of the file.
+            tensors = torch_files.load(start + file.read())
+        except OSError:
+            raise
+        except Exception as error:  # almost any, of a damaged header
+            raise InvalidValue(f"{path} is not a whole checkpoint of randbatch: {error}") from error
+    if not isinstance(metadata, dict) or not {"about", "sha256"} <= metadata.keys():
         raise InvalidValue(f"{path} is not a whole checkpoint of randbatch: it holds no checksum")
     if metadata["sha256"] != _checksum(tensors, metadata["about"]):
         raise InvalidValue(f"{path} is not a whole checkpoint of randbatch: it was changed since it was written")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
 
 
 def read_run(
-    folder: Path, config: RunConfig, dataset: Dataset, model: nn.Module, *, beside: Sequence[str] = ()
+    folder: Path, config: RunConfig, dataset: Dataset, make: Callable[[], nn.Module], *, beside: Sequence[str] = ()
 ) -> Kept | None:
     """Read and check what a run has left; None if it has not begun.
 
@@ -79,7 +79,8 @@ def read_run(
         folder: of the run.
         config: what it must have been made with.
         dataset: what it must have been trained on.
-        model: of that configuration, on any device, the meta device too.
+        make: gives a model of that configuration, on any device, the meta device too; called once it is known that the
+            folder holds such a run.
         beside: files that may lie in the folder of a run that has not begun.
 
     Raises:
@@ -96,6 +97,7 @@ def read_run(
     state = about["state"]
     if state["epoch"] > config.epochs:
         raise InvalidValue(f"{folder} has run {state['epoch']} epochs already, it cannot stop at {config.epochs}")
+    model = make()
     checkpoint.check(model, stepped=state["epoch"] > 0)
     log, lines = _read_log(folder / LOG, state["epoch"], about.get("log"))
     _check_best(folder / WEIGHTS, config, dataset, model, state)
@@ -163,10 +165,9 @@ def check_same(source: Path, about: Mapping[str, Any], config: RunConfig, datase
     if not isinstance(theirs, dict):
         raise InvalidValue(f"{source} does not say what it was made with")
     for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
-            raise InvalidValue(
-                f"{source} holds a run with {name}={theirs.get(name)!r}, not {ours.get(name)!r}; choose another folder"
-            )
+        here, there = ours.get(name), theirs.get(name)
+        if here != there:
+            raise InvalidValue(f"{source} holds a run with {name}={_short(there)}, not {here!r}; choose another folder")
     if about.get("data") != dataset.fingerprint:
         raise InvalidValue(f"{source} is of other data: those of {config.dataset!r} are not what it was trained on")
 
@@ -228,18 +229,27 @@ def _read_result(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any] | 
         return None
     if not isinstance(result.get("config"), dict):
         raise InvalidValue(f"{folder / RESULT} holds no settings")
-    free = ("root", "device", "epochs")
-    for name, value in expected.items():
-        theirs, ours = result.get(name), value
-        if name == "config":
-            theirs, ours = (
-                {key: kept for key, kept in some.items() if key not in free} for some in (result["config"], value)
-            )
-        if theirs != ours:
-            raise InvalidValue(f"{folder / RESULT} says {name} = {theirs}, checkpoint and log say {ours}")
+    theirs, ours = _comparable(result), _comparable(expected)
+    for name in sorted(ours.keys() | theirs.keys()):
+        here, there = ours.get(name), theirs.get(name)
+        if here != there:
+            raise InvalidValue(f"{folder / RESULT} says {name} = {_short(there)}, checkpoint and log say {here!r}")
     if set(result) != {*expected, *_MADE_WITH}:
         raise InvalidValue(f"{folder / RESULT} is not the result of a run")
     return result
+
+
+def _comparable(result: Mapping[str, Any]) -> dict[str, Any]:
+    """All that two results of the same run have in common, flat; one may have been shorter at first."""
+    free = ("config.root", "config.device", "config.epochs", "config", *_MADE_WITH)
+    flat = {**result, **{f"config.{name}": value for name, value in result["config"].items()}}
+    return {name: value for name, value in flat.items() if name not in free}
+
+
+def _short(value: object) -> str:
+    """What a file says, however much that is."""
+    text = repr(value)
+    return text if len(text) < 100 else f"{text[:100]}…"
 
 
 def _is_number(value: object) -> bool:

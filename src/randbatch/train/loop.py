@@ -184,7 +184,7 @@ def train_run(config: RunConfig, dataset: Dataset, folder: Path, *, label: str =
 def train_here(trainer: Trainer, folder: Path, *, label: str, beside: Sequence[str] = ()) -> dict[str, Any]:
     """`train_run` by somebody who holds the lock of the folder, in which the files `beside` are theirs."""
     config, dataset = trainer.config, trainer.dataset
-    kept = read_run(folder, config, dataset, trainer.model, beside=beside)
+    kept = read_run(folder, config, dataset, lambda: trainer.model, beside=beside)
     remove_stale(folder)
     if kept is not None and kept.result is not None and kept.state["epoch"] == config.epochs:
         return kept.result

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from randbatch._errors import InvalidValue, MissingFile, UserError
 from randbatch._files import check_replaceable, make_folder, read_record, write_record, write_text
@@ -184,9 +185,16 @@ def _check_distinct(config: SweepConfig) -> None:
 
 def _check_run(run: RunConfig, dataset: Dataset, place: Path, beside: tuple[str, ...]) -> None:
     """Check that a run can begin, or go on, without memory for its model."""
-    with torch.device("meta"):
-        model = make_model(run, dataset)
-    read_run(place, run, dataset, model, beside=beside)
+
+    def make() -> nn.Module:
+        try:
+            with torch.device("meta"):
+                return make_model(run, dataset)
+        except (ValueError, TypeError) as error:  # a setting that the model does not take
+            raise error if isinstance(error, UserError) else InvalidValue(str(error)) from error
+
+    if read_run(place, run, dataset, make, beside=beside) is None:
+        make()
 
 
 def _folder_of(config: SweepConfig) -> Path:

@@ -61,7 +61,8 @@ def check_dataset(dataset: Dataset) -> None:
 def _check_features(graph: Graph, width: int, where: str) -> None:
     x = graph.x
     if x.dim() != 2 or x.dtype != torch.float32 or 0 in x.shape or x.shape[1] != width:
-        raise InvalidValue(f"features{where} must be float32 [N, {width}], N and {width} at least 1, got {_shape(x)}")
+        want = "float32 [N, F], N and F at least 1 and F the same in all graphs"
+        raise InvalidValue(f"features{where} must be {want}, got {_shape(x)}")
     if not all(bool(end.isfinite()) for end in torch.aminmax(x)):  # without a copy of what may be most of the memory
         node = int(x.isfinite().all(dim=1).logical_not().nonzero()[0])
         value = x[node][x[node].isfinite().logical_not()][0].item()
