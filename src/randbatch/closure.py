@@ -19,6 +19,8 @@ __all__ = ["Closure"]
 Edge = tuple[Any, int]
 """A node of the graph, and which of its outputs."""
 
+_Leaf: Any = type(torch.zeros((), requires_grad=True).view(1).grad_fn.next_functions[0][0])  # type: ignore[union-attr]
+
 _INSTEAD = "set chunk_batches to None there"
 
 
@@ -64,8 +66,7 @@ class Closure:
         """
         known = {id(x) for x in (*self.tensors, *rows)}
         for node, _ in _ends(outs, None, self._edges):
-            leaf = getattr(node, "variable", None)
-            if leaf is not None and id(leaf) not in known:
+            if type(node) is _Leaf and id(node.variable) not in known:
                 raise RuntimeError(
                     "chunk_batches computes a module again in backward, but its parameters are others by now (by "
                     f"torch.func.functional_call, or a change of the module?): {_INSTEAD}"
@@ -116,15 +117,15 @@ def _ends(outs: Sequence[Tensor], older_than: int | None, stops: set[Edge] | fro
     todo: list[Edge] = [(x.grad_fn, x.output_nr) for x in outs if x.grad_fn is not None]
     seen = set(todo)
     while todo:
-        node, number = todo.pop()
-        is_leaf = hasattr(node, "variable")
-        if is_leaf or (node, number) in stops or (older_than is not None and node._sequence_nr() < older_than):
-            yield node, number
+        edge = todo.pop()
+        node = edge[0]
+        if type(node) is _Leaf or edge in stops or (older_than is not None and node._sequence_nr() < older_than):
+            yield edge
             continue
-        for edge in node.next_functions:
-            if edge[0] is not None and edge not in seen:
-                seen.add(edge)
-                todo.append(edge)
+        for above in node.next_functions:
+            if above[0] is not None and above not in seen:
+                seen.add(above)
+                todo.append(above)
 
 
 def _all_above(x: Tensor) -> Iterator[Edge]:

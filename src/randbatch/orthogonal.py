@@ -20,7 +20,7 @@ from torch import Tensor
 
 from randbatch._checks import check_batch_vector, check_integer
 from randbatch._shapes import Int
-from randbatch.partition import Partition, by_size, draw_seed, random_partition
+from randbatch.partition import Partition, by_size, draw_seed, out_of_inference, random_partition
 from randbatch.sets import set_sizes, shuffle_sets
 from randbatch.tracing import traced_partition
 
@@ -173,7 +173,9 @@ def all_rounds(
     start = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
     lines_of = partial(_num_lines, batch_size=batch_size)
     lines, turn = _each(size, lines_of), torch.zeros_like(size)
-    allowed = None if rounds is None else _each(size, partial(_needed, batch_size=batch_size, rounds=rounds))
+    allowed = None  # one set alone is through when all is
+    if rounds is not None and set_of_token is not None:
+        allowed = _each(size, partial(_needed, batch_size=batch_size, rounds=rounds))
     position = torch.arange(num_tokens, device=device)
     done = size < 2
     made = 0
@@ -184,9 +186,9 @@ def all_rounds(
         key = torch.where(done, position, start + line)  # cells are disjoint ranges, and a cell has fewer lines than n
         by_key = torch.argsort(key, stable=True)
         batch_sizes = torch.unique_consecutive(key[by_key], return_counts=True)[1]
-        with torch.inference_mode(False):  # it may be kept, and training may be next to want it
+        with out_of_inference():  # it may be kept, and training may be next to want it
             sets = None if set_of_token is None else set_of_token[by_key]
-            part = by_size(order[by_key], batch_sizes.clone(), sets, None if sets is None else sizes.clone())
+            part = by_size(order[by_key], batch_sizes, sets, None if sets is None else sizes)
         yield part
         made += 1
         turn = turn + 1

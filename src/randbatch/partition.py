@@ -11,8 +11,10 @@ Shape letters: N tokens, M batches, P slots per batch (the largest batch).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,7 @@ __all__ = [
     "Partition",
     "balanced_groups",
     "by_size",
+    "out_of_inference",
     "draw_seed",
     "fold_seed",
     "random_partition",
@@ -304,6 +307,11 @@ def by_size(order: Tensor, sizes: Tensor, set_of_token: Tensor | None, set_sizes
     return Partition(order, tuple(groups), set_of_batch, set_sizes, is_checked=True)
 
 
+def out_of_inference() -> AbstractContextManager[Any]:
+    """Where tensors may be kept for training; entering it costs nothing outside of inference mode."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+
+
 def random_partition(
     num_tokens: int,
     batch_size: int,
@@ -348,12 +356,12 @@ def random_partition(
     batch_size = min(check_integer("batch_size", batch_size, 2), max(num_tokens, 1))
     seed = check_integer("seed", seed)
     target = torch.device(device) if device is not None else (torch.device("cpu") if batch is None else batch.device)
-    groups = balanced_groups(num_tokens, batch_size)
-    with torch.inference_mode(False):  # it may be kept, and training may be next to want it
+    with out_of_inference():  # it may be kept, and training may be next to want it
         if batch is not None:
             check_batch_vector(batch, num_tokens, batch.device)
             order, counts = shuffle_sets(num_tokens, batch.to(target), seed, target, independent=independent)
             return _partition_sets(order, counts, batch_size)
+        groups = balanced_groups(num_tokens, batch_size)
         if num_tokens <= batch_size:  # one batch: nothing to draw
             return Partition(torch.arange(num_tokens, device=target), groups, in_order=True, is_checked=True)
         return Partition(shuffle_sets(num_tokens, None, seed, target)[0], groups, is_checked=True)

@@ -35,12 +35,11 @@ def largest_set(num_tokens: int, batch: Int[Tensor, " n"] | None) -> int:
 
 def number_sets(batch: Int[Tensor, " n"]) -> tuple[Int[Tensor, " n"], Int[Tensor, " g"], bool]:
     """The number of each token's set `[N]`, the sizes of the sets `[G]`, and whether the sets stand one by one."""
-    ordered = bool((batch[1:] >= batch[:-1]).all())
-    if ordered:  # as in a mini-batch of torch_geometric: nothing has to be sorted
-        _, number, sizes = torch.unique_consecutive(batch, return_inverse=True, return_counts=True)
-    else:
-        _, number, sizes = torch.unique(batch, return_inverse=True, return_counts=True)
-    return number, sizes, ordered
+    if bool((batch[1:] >= batch[:-1]).all()):  # as in a mini-batch of torch_geometric: nothing has to be sorted
+        sizes = torch.unique_consecutive(batch, return_counts=True)[1]
+        return torch.arange(len(sizes), device=batch.device).repeat_interleave(sizes), sizes, True
+    _, number, sizes = torch.unique(batch, return_inverse=True, return_counts=True)
+    return number, sizes, False
 
 
 def shuffle_sets(
@@ -56,8 +55,7 @@ def shuffle_sets(
         return torch.argsort(keys, stable=True), torch.full((1,), num_tokens, device=device)
     number, sizes, ordered = number_sets(batch)
     starts = sizes.cumsum(0) - sizes
-    positions = torch.arange(num_tokens, device=device)
-    place = positions - starts.repeat_interleave(sizes)  # of the tokens, set after set
+    place = torch.arange(num_tokens, device=device) - starts.repeat_interleave(sizes)  # of the tokens, set after set
     if not ordered:
         place = torch.empty_like(place).index_copy_(0, torch.argsort(number, stable=True), place)
     salt = random_keys(len(sizes), fold_seed(seed, _SALT), device)[number] if independent else None

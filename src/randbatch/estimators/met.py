@@ -93,15 +93,16 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 
 def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Two attentions over different keys as one over all of them."""
-    # the result does not depend on the top, which needs no gradient; nobody met in either: weights 0, not NaN
-    top = torch.maximum(lse, more_lse).detach().clamp(min=torch.finfo(lse.dtype).min)
+    """Two attentions over different keys as one over all of them; where both lse are −∞ (nobody was met) weights are 0.
+
+    Written out, since the second derivative of `logaddexp` is NaN where its arguments are far apart.
+    """
+    info = torch.finfo(lse.dtype)
+    top = torch.maximum(lse, more_lse).detach().clamp(min=info.min)  # the result does not depend on it
     old, new = (lse - top).exp(), (more_lse - top).exp()
-    total = old + new
-    met = total > 0
-    total = torch.where(met, total, 1.0)
+    total = (old + new).clamp(min=info.tiny)
     merged = out * (old / total).unsqueeze(-1) + more * (new / total).unsqueeze(-1)
-    return merged, torch.where(met, top + total.log(), -torch.inf)
+    return merged, top + total.log()
 
 
 def _merge_rounds(
