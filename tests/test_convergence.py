@@ -215,7 +215,7 @@ def test_an_interrupted_command_goes_on(
     monkeypatch.setattr(command, "measure", measure_once)
     assert main(["convergence", *SMALL, "--out", str(broken)]) == 130
     assert f"go on with: the same command and --out {broken}" in capsys.readouterr().err
-    assert len(json.loads((broken / "errors.json").read_text())) == 1
+    assert len(json.loads((broken / "errors.json").read_text())["errors"]) == 1
     assert main(["convergence", *SMALL, "--out", str(broken)]) == 0
     assert [job.batch_size for job in jobs] == [2, 4, 4]
     assert (broken / "convergence.csv").read_text() == (whole / "convergence.csv").read_text()
@@ -232,10 +232,16 @@ def test_an_interrupted_command_goes_on(
         (["convergence", "--system", "softmax", "--method", "rbm1"], "method is for particles"),
         (["convergence", "--run", "somewhere", "--dt", "0.1"], "dt is for systems of particles"),
         (["convergence", "--realisations", "1"], "realisations must be at least 2"),
+        (["convergence", "--dt", "0.5", "0.25", "0.3"], "t1 must be a whole multiple of dt = 0.3"),
+        (["convergence", "--dt", "0.5", "0.25", "0.2"], "dt must be a whole multiple of the smallest = 0.2"),
+        (["convergence", "--dt", "0.5", "0.25"], "dt must name at least 3, got 2"),
+        (["convergence", "--root", "data"], "root is for the data set of a run"),
         (["simulate", "--system", "opinions"], "Did you mean 'opinion'?"),
         (["simulate", "--frames", "1"], "frames must be at least 2"),
         (["simulate", "--t1", "1", "--dt", "0.5", "--frames", "4"], "frames must be at most"),
         (["simulate", "--method", "rbm2"], "method must be one of"),
+        (["simulate", "--method", "direct", "--batch-size", "2"], "batch_size must be left out with method 'direct'"),
+        (["simulate", "--batch-size", "0"], "batch_size must be at least 2, got 0"),
     ],
 )
 def test_bad_settings_are_one_line(

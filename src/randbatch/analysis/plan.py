@@ -6,21 +6,25 @@ so the plan knows what the model does by doing it, and not by a formula that wou
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 
-from randbatch._checks import check_choice, check_integer
+from randbatch._checks import check_choice, check_integer, check_probability
+from randbatch._errors import InvalidValue
+from randbatch._memory import check_memory
 from randbatch.models import GraphTransformer
 from randbatch.nn.projected import batches_of_a_piece
 
 __all__ = ["Plan", "PlanRow", "peak_allocated", "plan"]
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
     f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", 1)
 }
 _SMALL = 2048  # nodes at least, and four pieces
@@ -103,7 +107,7 @@ def plan(
     Args:
         num_nodes: N.
         num_edges: E, directed.
-        memory: `"24GB"`, `"24GiB"`, or bytes.
+        memory: `"24GB"`, `"24GiB"`, or an int of bytes; a text must have a unit.
         features: input features of a node.
         hidden: channels.
         layers: of the model.
@@ -131,6 +135,12 @@ def plan(
     check_integer("num_nodes", num_nodes, 2)
     check_integer("num_edges", num_edges, 0)
     limit = parse_memory(memory)
+    for name, value in (("hidden", hidden), ("heads", heads), *(("chunk_batches", c) for c in chunk_batches if c)):
+        check_integer(name, value, 1)
+    check_integer("layers", layers, 0)
+    check_probability("dropout", dropout)
+    if hidden % heads:
+        raise InvalidValue(f"hidden must be a multiple of heads, got {hidden} and {heads}")
     settings = {"channels": hidden, "layers": layers, "heads": heads, "local": local, "estimator": estimator}
     case = _Case(num_nodes, num_edges, check_integer("features", features, 1), settings | {"dropout": dropout}, dtype,
                  torch.device(device))  # fmt: skip
@@ -154,10 +164,11 @@ def parse_memory(memory: str | int) -> int:
     """
     if isinstance(memory, int):
         return check_integer("memory", memory, 1)
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", memory)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-zA-Z]+)\s*", memory)
     if match is None:
-        raise ValueError(f"memory must be a number of bytes such as '24GB' or '24GiB', got {memory!r}")
-    return int(float(match[1]) * _UNITS[check_choice("memory's unit", match[2].upper(), _UNITS)])
+        raise InvalidValue(f"memory must be a number and its unit, such as '24GB' or '24GiB', got {memory[:80]!r}")
+    number = Decimal(match[1]) * _UNITS[check_choice("memory's unit", match[2].upper(), _UNITS)]
+    return check_integer("memory", int(number), 1)
 
 
 def _predict(case: _Case, batch_size: int, chunk: int) -> int:
@@ -176,6 +187,13 @@ def _predict(case: _Case, batch_size: int, chunk: int) -> int:
 
 def _peak_of(case: _Case) -> int:
     """Of two steps on a random graph: the second finds the optimizer's state there."""
+    hidden, layers = case.settings["channels"], case.settings["layers"]
+    least = 8 * 2 * case.num_edges + case.dtype.itemsize * (
+        case.num_nodes * (case.features + 4 * hidden * layers)  # what backward keeps is more
+        + 4 * hidden * (case.features + 8 * hidden * layers)  # parameters, their gradients and the optimizer's two
+    )
+    what = f"a graph of {case.num_nodes} nodes and {case.num_edges} edges, on which the step is tried out,"
+    check_memory("the plan", what, least, case.device)
 
     def train() -> None:
         generator = torch.Generator().manual_seed(0)
@@ -207,6 +225,7 @@ def peak_allocated(function: Callable[[], object], device: torch.device | Litera
         before = torch.cuda.memory_allocated(device)
         function()
         return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # read once, at the first profile: it tells of itself on stderr
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     recorded: Any = profiler.profiler

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from randbatch._checks import check_batch_vector, check_choice, check_integer, check_qkv
+from randbatch._checks import check_batch_vector, check_choice, check_integer, check_qkv, check_several
+from randbatch._errors import InvalidType, InvalidValue
 from randbatch._optional import require
 from randbatch.estimators import ESTIMATORS
 from randbatch.nn.sampling import Sampling, sampling_of
@@ -24,12 +25,11 @@ Measure = Callable[[str, Tensor, Tensor, Tensor, Tensor | None, float | None], T
 
 
 def check_compared(batch_sizes: Sequence[int], estimators: Sequence[str]) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Batch sizes, ascending, and names of estimators; a `ValueError` names what does not fit."""
-    sizes = tuple(sorted({check_integer("batch_sizes", p, 2) for p in batch_sizes}))
+    """Batch sizes, ascending, and names of estimators; an `InvalidValue` names what does not fit."""
+    sizes = tuple(sorted(check_integer("batch_sizes", p, 2) for p in batch_sizes))
     names = tuple(check_choice("estimators", name, ESTIMATORS) for name in estimators)
-    for name, given in (("batch_sizes", sizes), ("estimators", names)):
-        if not given:
-            raise ValueError(f"{name} must name at least one, got none")
+    check_several("batch_sizes", sizes)
+    check_several("estimators", names)
     return sizes, names
 
 
@@ -82,10 +82,10 @@ def measure_attention(
     """
     if isinstance(model_or_qkv, nn.Module):
         if batch is not None or scale is not None:
-            raise ValueError("batch and scale are for query, key and value; give the model's own in named_inputs")
+            raise InvalidValue("batch and scale are for query, key and value; give the model's own in named_inputs")
         return _watch(model_or_qkv, inputs, named_inputs or {}, measure)
     if inputs or named_inputs or len(model_or_qkv) != 3:
-        raise TypeError("model_or_qkv must be a model, with its inputs, or the three tensors query, key and value")
+        raise InvalidType("model_or_qkv must be a model, with its inputs, or the three tensors query, key and value")
     query, key, value = model_or_qkv
     check_qkv(query, key, value)
     check_batch_vector(batch, query.shape[0], query.device)
@@ -110,7 +110,7 @@ def _watch(model: nn.Module, inputs: Sequence[Any], named: Mapping[str, Any], me
             sampling.observer = observer_of(path)
         model(*inputs, **named)
     if not found:
-        raise ValueError(
+        raise InvalidValue(
             f"model must hold softmax attention in random batches, but none was called in {type(model).__name__}; "
             "convert a copy of it: randbatch.convert(copy.deepcopy(model), batch_size=...)"
         )

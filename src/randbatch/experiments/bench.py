@@ -14,15 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from randbatch._checks import check_choice, check_integer
-from randbatch._files import write_picture, write_text
+from randbatch._checks import MOST, check_choice, check_integer, check_several
+from randbatch._errors import InvalidValue
+from randbatch._files import parse_json, read_text, write_picture, write_text
+from randbatch._memory import check_memory
 from randbatch._optional import new_figure, require
 from randbatch.analysis.plan import peak_allocated
 from randbatch.experiments.folders import open_folder
 from randbatch.experiments.peers import PEERS
-from randbatch.train.machine import commit, pick_device, versions
+from randbatch.train.machine import check_device, commit, pick_device, versions
 
 __all__ = ["BenchConfig", "run_bench"]
+
+_MOST_TOKENS = 2**62  # an index of torch
+_ROW = ("case", "tokens", "seconds", "median", "peak_bytes")
 
 
 @dataclass(frozen=True)
@@ -48,38 +53,63 @@ class BenchConfig:
     out: Path | None = None
     """Folder of the results. Default: runs/bench-<time>."""
 
+    def __post_init__(self) -> None:
+        """Check everything that does not depend on the machine."""
+        check_several("case", self.case)
+        for name in self.case:
+            check_choice("case", name, PEERS)
+        check_integer("batch_size", self.batch_size, 2, MOST)
+        check_several("tokens", self.tokens)
+        for size in self.tokens:
+            if check_integer("tokens", size, 1, _MOST_TOKENS) % self.batch_size:
+                raise InvalidValue(f"tokens must be multiples of the batch size {self.batch_size}, got {size}")
+        for name in ("channels", "heads", "turns"):
+            check_integer(name, getattr(self, name), 1, MOST)
+        if self.channels % self.heads:
+            raise InvalidValue(f"channels must be a multiple of heads, got {self.channels} and {self.heads}")
+        check_integer("most_of_full", self.most_of_full, 0, _MOST_TOKENS)
+        check_device(self.device)
+
 
 def run_bench(config: BenchConfig, *, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
     """Check, time, measure memory; print the table, write rows (JSONL), table (Markdown) and picture (PNG).
 
     Raises:
         AssertionError: what should compute the same does not: nothing was timed.
-        ValueError: a setting that does not fit.
+        UserError: a setting that does not fit, a package that is missing, a folder that is somebody else's.
         Interrupted: by Ctrl-C; the rows of every finished N are on the disk.
     """
-    names = [check_choice("case", name, PEERS) for name in config.case]
-    for size in config.tokens:
-        if check_integer("tokens", size, 1) % config.batch_size:
-            raise ValueError(f"tokens must be multiples of the batch size {config.batch_size}, got {size}")
-    check_integer("turns", config.turns, 1)
     device = pick_device(config.device)
-    _check(config, names, device)
+    numbers = 3 * max(config.tokens) * config.channels  # input, output, gradient
+    check_memory("tokens", max(config.tokens), numbers * torch.finfo(torch.float32).bits // 8, device)
+    for name in config.case:  # a package that is missing shows now
+        PEERS[name].make(config.channels, config.heads, config.batch_size)
+    _check(config, config.case, device)
     settings = {name: value for name, value in asdict(config).items() if name != "out"}
     with open_folder(config.out, "bench", json.loads(json.dumps(settings)), say) as folder:
         stored = folder / "bench.jsonl"
-        rows: list[dict[str, Any]] = (
-            [json.loads(line) for line in stored.read_text().splitlines()] if stored.exists() else []
-        )
+        rows = _read_rows(stored)
         missing = sorted(set(config.tokens) - {row["tokens"] for row in rows})
         made = {"date": datetime.now(UTC).date().isoformat(), "commit": commit(), "versions": versions(device)}
         for size in require("tqdm").tqdm(missing, unit="N", disable=None):
-            some = [name for name in names if not PEERS[name].quadratic or size <= config.most_of_full]
+            some = [name for name in config.case if not PEERS[name].quadratic or size <= config.most_of_full]
             rows += [row | {"settings": settings} | made for row in _measure(config, some, size, device)]
             write_text(stored, "".join(json.dumps(row) + "\n" for row in rows))
         table = _table(rows)
         write_text(folder / "bench.md", f"{table}\n")
         _draw(config, rows, folder / "bench.png")
     say(f"\n{table}\n\nrows: {stored}\ntable: {folder / 'bench.md'}\npicture: {folder / 'bench.png'}")
+    return rows
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of an earlier call; an `InvalidValue` names a line that is none of them."""
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(read_text(path).splitlines() if path.exists() else [], 1):
+        row = parse_json(line, f"{path}, line {number}")
+        if not isinstance(row, dict) or not set(_ROW) <= row.keys() or row["case"] not in PEERS:
+            raise InvalidValue(f"{path}, line {number} is not a row of randbatch bench")
+        rows.append(row)
     return rows
 
 

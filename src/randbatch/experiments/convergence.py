@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,17 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from randbatch._checks import check_choice, check_integer
-from randbatch._files import read_json, write_json, write_text
+from randbatch._checks import (
+    MOST,
+    check_choice,
+    check_integer,
+    check_multiple,
+    check_positive,
+    check_seed,
+    check_several,
+)
+from randbatch._errors import InvalidValue
+from randbatch._files import read_record, write_record, write_text
+from randbatch._memory import check_memory
 from randbatch._optional import require
 from randbatch.experiments.cases import CASES, Case, start_of
 from randbatch.experiments.folders import open_folder
-from randbatch.experiments.network import network_convergence
 from randbatch.experiments.report import draw_convergence, points_csv
 from randbatch.experiments.softmax import softmax_jobs
 from randbatch.particles import BrownianPath, System, solve
 from randbatch.particles.convergence import jobs_of, measure, second_moment
-from randbatch.particles.rates import Convergence, Errors
+from randbatch.particles.rates import FEWEST, Convergence, Errors
+from randbatch.particles.solver import METHODS
 from randbatch.partition import fold_seed
 
 __all__ = ["ConvergenceConfig", "run_convergence"]
@@ -58,34 +69,20 @@ class ConvergenceConfig:
     root: Path | None = None
     """Folder of the data sets, for a run. Default: the one of the run."""
 
-
-def run_convergence(config: ConvergenceConfig, *, say: Callable[[str], None] = print) -> None:
-    """Measure, print the table, and write points (CSV), table (Markdown) and picture (PNG).
-
-    Raises:
-        FileNotFoundError: `run` holds no finished run.
-        ValueError: a setting that does not fit.
-        Interrupted: by Ctrl-C; every finished curve is on the disk.
-    """
-    if config.run is not None:
+    def __post_init__(self) -> None:
+        """Check the numbers together with the defaults of the system."""
+        if self.run is None:
+            _Plan.of(self)
+            return
         for name in ("dt", "method", "num_particles", "t1", "out"):
-            if getattr(config, name) not in ((), None):
-                raise ValueError(f"{name} is for systems of particles and must be left out with --run")
-        network_convergence(config.run, config.root, config.batch_size, config.realisations, config.seed, say)
-        return
-    check_choice("system", config.system, [*CASES, SOFTMAX])
-    case = CASES["sphere_softmax" if config.system == SOFTMAX else config.system]
-    if case.why_not:
-        raise ValueError(f"system {config.system!r} has no rates to measure: {case.why_not}")
-    plan = _Plan.of(config, case)
-    with open_folder(config.out, f"convergence-{config.system}", asdict(plan), say) as folder:
-        errors = _measure_all(config.system, case, plan, folder / "errors.json")
-    found = Convergence(config.system, plan.num_particles, errors)
-    places = {kind: folder / f"convergence.{kind}" for kind in ("csv", "md", "png")}
-    write_text(places["csv"], points_csv(found))
-    write_text(places["md"], f"{found}\n")
-    draw_convergence(found, places["png"])
-    say(f"\n{found}\n\npoints: {places['csv']}\ntable: {places['md']}\npicture: {places['png']}")
+            if getattr(self, name) not in ((), None):
+                raise InvalidValue(f"{name} is for systems of particles and must be left out with --run")
+        check_several("batch_size", self.batch_size, 0)
+        for size in self.batch_size:
+            check_integer("batch_size", size, 2, MOST)
+        if self.realisations is not None:
+            check_integer("realisations", self.realisations, 2, MOST)
+        check_seed("seed", self.seed)
 
 
 @dataclass(frozen=True)
@@ -102,21 +99,71 @@ class _Plan:
     seed: int
 
     @classmethod
-    def of(cls, config: ConvergenceConfig, case: Case) -> _Plan:
-        softmax = config.system == SOFTMAX
+    def of(cls, config: ConvergenceConfig) -> _Plan:
+        case, softmax = _case_of(config.system), config.system == SOFTMAX
+        if config.root is not None:
+            raise InvalidValue("root is for the data set of a run and must be left out without --run")
         if softmax and config.method:
-            raise ValueError("method is for particles; softmax compares the estimators of attention")
-        t1 = case.t1 if config.t1 is None else config.t1
+            raise InvalidValue("method is for particles; softmax compares the estimators of attention")
+        t1 = check_positive("t1", case.t1 if config.t1 is None else config.t1)
         size = case.num_particles if config.num_particles is None else config.num_particles
+        check_integer("num_particles", size, 2, MOST)
         realisations = (16 if softmax else 200) if config.realisations is None else config.realisations
+        check_integer("realisations", realisations, 2, MOST)
         sizes = list(config.batch_size or ((8,) if softmax else (2, 8, 32)))
+        check_several("batch_size", sizes)
         for p in sizes:
-            if check_integer("batch_size", p, 2) > check_integer("num_particles", size, 2):
-                raise ValueError(f"batch_size must be at most the number of particles {size}, got {p}")
+            if check_integer("batch_size", p, 2) > size:
+                raise InvalidValue(f"batch_size must be at most the number of particles {size}, got {p}")
         dts = list(config.dt) or [t1 / 2**k for k in _HALVINGS]
+        check_several("dt", dts, FEWEST)
+        smallest = min(check_positive("dt", dt) for dt in dts)
+        for dt in dts:
+            check_multiple("t1", t1, "dt", dt)
+            check_multiple("dt", dt, "the smallest", smallest)
         methods = [] if softmax else list(config.method or ("rbm1", "rbmr"))
-        check_integer("realisations", realisations, 2)
-        return cls(config.system, sizes, dts, methods, size, realisations, t1, check_integer("seed", config.seed))
+        check_several("method", methods, 0)
+        for method in methods:
+            check_choice("method", method, [name for name in METHODS if name != "direct"])
+        return cls(config.system, sizes, dts, methods, size, realisations, t1, check_seed("seed", config.seed))
+
+
+def _case_of(name: str) -> Case:
+    """The case of a study; softmax has the start of attention on the sphere."""
+    check_choice("system", name, [*CASES, SOFTMAX])
+    case = CASES["sphere_softmax" if name == SOFTMAX else name]
+    if case.why_not:
+        raise InvalidValue(f"system {name!r} has no rates to measure: {case.why_not}")
+    return case
+
+
+def run_convergence(config: ConvergenceConfig, *, say: Callable[[str], None] = print) -> None:
+    """Measure, print the table, and write points (CSV), table (Markdown) and picture (PNG).
+
+    Raises:
+        UserError: a setting that does not fit, a package that is missing, a folder that is somebody else's; `run`
+            holds no finished run.
+        Interrupted: by Ctrl-C; every finished curve is on the disk.
+    """
+    if config.run is not None:
+        from randbatch.experiments.network import network_convergence  # with all that a run needs
+
+        network_convergence(config.run, config.root, config.batch_size, config.realisations, config.seed, say)
+        return
+    plan, case = _Plan.of(config), _case_of(config.system)
+    for module in ("matplotlib", "tqdm"):  # what is missing shows before a folder is made
+        require(module)
+    row = start_of(case, 1, 2, 0)[0, 0]  # of one particle
+    count = plan.realisations * plan.num_particles
+    check_memory("realisations", f"{count} particles in all", 4 * count * row.numel() * row.element_size())
+    with open_folder(config.out, f"convergence-{config.system}", asdict(plan), say) as folder:
+        errors = _measure_all(config.system, case, plan, folder / "errors.json")
+        found = Convergence(config.system, plan.num_particles, errors)
+        places = {kind: folder / f"convergence.{kind}" for kind in ("csv", "md", "png")}
+        write_text(places["csv"], points_csv(found))
+        write_text(places["md"], f"{found}\n")
+        draw_convergence(found, places["png"])
+    say(f"\n{found}\n\npoints: {places['csv']}\ntable: {places['md']}\npicture: {places['png']}")
 
 
 def _cosine(x: Tensor) -> Tensor:
@@ -138,7 +185,7 @@ def _measure_all(name: str, case: Case, plan: _Plan, kept: Path) -> list[Errors]
         )  # fmt: skip
         parts = [(system, jobs)]
     observable = _cosine if case.view == "cosines" else second_moment
-    errors = [_errors_from(one) for one in read_json(kept)] if kept.exists() else []
+    errors = _read_errors(kept) if kept.exists() else []
     total = len(plan.dts) * sum(len(jobs) for _, jobs in parts)
     with require("tqdm").tqdm(total=total, initial=len(errors) * len(plan.dts), unit="run", disable=None) as bar:
         done = 0
@@ -149,7 +196,7 @@ def _measure_all(name: str, case: Case, plan: _Plan, kept: Path) -> list[Errors]
             for job in missing:
                 bar.set_description(f"{job.label}, p = {job.batch_size}")
                 errors.append(measure(job, reference, plan.dts, observable, bar.update))
-                write_json(kept, [_errors_to(one) for one in errors])
+                write_record(kept, {"errors": [_errors_to(one) for one in errors]})
     return errors
 
 
@@ -162,11 +209,20 @@ def _errors_to(errors: Errors) -> dict[str, Any]:
     return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in content.items()}
 
 
+def _read_errors(path: Path) -> list[Errors]:
+    content = read_record(path).get("errors")
+    if not isinstance(content, list):
+        raise InvalidValue(f"{path} holds no errors of randbatch convergence")
+    return [_errors_from(one) for one in content]
+
+
 def _errors_from(content: dict[str, Any]) -> Errors:
-    difference = torch.tensor(content.pop("difference"), dtype=torch.float64)
-    squared = content.pop("squared")
+    squared, difference = content.pop("squared"), content.pop("difference")
     return Errors(
-        squared=None if squared is None else torch.tensor(squared, dtype=torch.float64),
-        difference=difference,
-        **content,
-    )
+        squared=None if squared is None else _tensor(squared), difference=_tensor(difference), **content
+    )  # fmt: skip
+
+
+def _tensor(rows: list[list[float | None]]) -> Tensor:
+    """Numbers that are not finite are null in JSON."""
+    return torch.tensor([[math.nan if x is None else x for x in row] for row in rows], dtype=torch.float64)

@@ -18,19 +18,21 @@ from randbatch.particles import Trajectory, cosine_histogram
 __all__ = ["draw_strip", "film"]
 
 _COLUMNS = 6
+_MOST_PANELS = 60
 _BLUE, _RED = "#1f77b4", "#d62728"
 _FRAMES_A_SECOND = 12
 
 
 def draw_strip(found: Trajectory, case: Case, title: str, path: Path) -> None:
-    """A panel for each saved time, all with the same axes."""
-    count = len(found.times)
+    """A panel for each saved time, or for some of many, all with the same axes."""
+    count = min(len(found.times), _MOST_PANELS)
+    chosen = [round(place * (len(found.times) - 1) / max(1, count - 1)) for place in range(count)]
     columns = min(_COLUMNS, count)
     rows = -(-count // columns)
     shared = {"squeeze": False, "sharex": True, "sharey": case.view != "line"}
     figure, grid = new_figure(rows, columns, figsize=(2.6 * columns, 2.7 * rows), axes=shared)
     panels = list(grid.flat)
-    for axes, time, state in zip(panels, found.times.tolist(), found.states, strict=False):
+    for axes, time, state in zip(panels, found.times[chosen].tolist(), found.states[chosen], strict=False):
         _VIEWS[case.view](axes, state.cpu(), found.states.cpu(), case, time)
         axes.set_title(f"t = {time:.3g}", fontsize=9)
     for axes in panels[count:]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from randbatch._files import write_json, write_picture, write_text
-from randbatch._optional import new_figure
+from randbatch._folders import check_names, locked
+from randbatch._optional import new_figure, require
 from randbatch.analysis.forces import LayerForce, OutputErrors, output_error, random_force
 from randbatch.estimators import ESTIMATORS
 from randbatch.experiments.report import csv_of
 from randbatch.train.analyze import load_run
+from randbatch.train.loop import Trainer
 
 __all__ = ["network_convergence"]
 
@@ -31,25 +33,40 @@ def network_convergence(
     """Measure the random force in every layer and the error of the output; write both beside the run.
 
     Raises:
-        FileNotFoundError: the folder holds no finished run.
-        ValueError: the run has no softmax attention, or a number is out of range.
+        MissingFile: the folder holds no finished run.
+        InvalidValue: the run has no softmax attention, a number is out of range, or somebody else writes there.
     """
+    require("matplotlib")  # what is missing shows before anything is computed
+    places = {kind: run / f"convergence.{kind}" for kind in ("csv", "json", "md", "png")}
     trainer = load_run(run, root)
+    with locked(run):
+        check_names(run, [place.name for place in places.values()])
+        text = _measure(trainer, batch_sizes or _SIZES, 8 if draws is None else draws, seed, places, say)
+    say(f"\n{text}\n\npoints: {places['csv']}\nnumbers: {places['json']}\ntable: {places['md']}")
+    say(f"picture: {places['png']}")
+
+
+def _measure(
+    trainer: Trainer,
+    sizes: Sequence[int],
+    number: int,
+    seed: int,
+    places: Mapping[str, Path],
+    say: Callable[[str], None],
+) -> str:
+    """Measure and write; the table."""
     step = trainer.judged[0]
     inputs = (step.graph.x, step.edges, step.batch)
-    sizes, number = batch_sizes or _SIZES, 8 if draws is None else draws
     say(f"random force in every layer: {number} partitions for each of p = {', '.join(map(str, sizes))}")
     layers = random_force(trainer.model, *inputs, batch_sizes=sizes, draws=number, seed=seed, progress=True)
     say(f"end-to-end error: {number * len(sizes) * len(ESTIMATORS)} forward passes")
     outputs = output_error(trainer.model, *inputs, batch_sizes=sizes, draws=number, seed=seed, progress=True)
-    places = {kind: run / f"convergence.{kind}" for kind in ("csv", "json", "md", "png")}
     text = _table(layers, outputs)
     write_text(places["csv"], csv_of(_rows(layers, outputs)))
     write_json(places["json"], {"layers": [asdict(one) for one in layers], "output": [asdict(one) for one in outputs]})
     write_text(places["md"], f"{text}\n")
     _draw(layers, outputs, places["png"])
-    say(f"\n{text}\n\npoints: {places['csv']}\nnumbers: {places['json']}\ntable: {places['md']}")
-    say(f"picture: {places['png']}")
+    return text
 
 
 def _rows(layers: Sequence[LayerForce], outputs: Sequence[OutputErrors]) -> list[dict[str, Any]]:

@@ -9,11 +9,16 @@ from typing import Literal
 
 import torch
 
-from randbatch._files import write_json
+from randbatch._checks import MOST, check_integer, check_probability, check_several
+from randbatch._errors import InvalidValue
+from randbatch._files import check_replaceable, write_json
 from randbatch.analysis import Plan, plan
+from randbatch.analysis.plan import parse_memory
 
 __all__ = ["PlanConfig", "run_plan"]
 
+_LARGEST = 2**62  # an index of torch
+_DEEPEST = 10_000
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
@@ -50,13 +55,30 @@ class PlanConfig:
     out: Path | None = None
     """JSON file of the result. Default: none."""
 
+    def __post_init__(self) -> None:
+        """Check every number before a graph is made."""
+        check_integer("nodes", self.nodes, 2, _LARGEST)
+        check_integer("edges", self.edges, 0, _LARGEST)
+        parse_memory(self.memory)
+        for name in ("features", "hidden", "heads", "chunk_batches"):
+            check_integer(name, getattr(self, name), 1, MOST)
+        check_integer("layers", self.layers, 0, _DEEPEST)
+        if self.hidden % self.heads:
+            raise InvalidValue(f"hidden must be a multiple of heads, got {self.hidden} and {self.heads}")
+        check_probability("dropout", self.dropout)
+        check_several("batch_size", self.batch_size)
+        for size in self.batch_size:
+            check_integer("batch_size", size, 2, MOST)
+
 
 def run_plan(config: PlanConfig, *, say: Callable[[str], None] = print) -> Plan:
     """Predict, and print the table.
 
     Raises:
-        ValueError: a setting that does not fit.
+        UserError: a setting that does not fit, or a package that is missing.
     """
+    if config.out is not None:
+        check_replaceable(config.out)  # before minutes of work
     found = plan(
         config.nodes, config.edges, memory=config.memory, features=config.features, hidden=config.hidden,
         layers=config.layers, heads=config.heads, local=config.local, estimator=config.estimator,

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from randbatch._checks import check_choice, check_integer
+from randbatch._checks import (
+    MOST,
+    check_choice,
+    check_integer,
+    check_multiple,
+    check_positive,
+    check_seed,
+)
+from randbatch._errors import InvalidValue
 from randbatch._files import write_bytes
+from randbatch._memory import check_memory
 from randbatch._optional import require
 from randbatch.experiments.cases import CASES, start_of
 from randbatch.experiments.folders import open_folder
@@ -38,7 +47,7 @@ class SimulateConfig:
     dt: float | None = None
     """The step. Default: the one of the system."""
     frames: int = 6
-    """Saved times, and panels of the strip."""
+    """Saved times, and panels of the strip, of which there are at most 60."""
     film: bool = False
     """Whether to make a film as well, of as many frames as are saved: take --frames 60."""
     seed: int = 0
@@ -46,34 +55,76 @@ class SimulateConfig:
     out: Path | None = None
     """Folder of the results. Default: runs/simulate-<system>-<time>."""
 
+    def __post_init__(self) -> None:
+        """Check the numbers together with the defaults of the system."""
+        _Plan.of(self)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The settings with every default filled in."""
+
+    system: str
+    method: str
+    batch_size: int | None
+    num_particles: int
+    t1: float
+    dt: float
+    frames: int
+    seed: int
+
+    @classmethod
+    def of(cls, config: SimulateConfig) -> _Plan:
+        case = CASES[check_choice("system", config.system, CASES)]
+        check_choice("method", config.method, METHODS)
+        size = case.many if config.num_particles is None else config.num_particles
+        check_integer("num_particles", size, 2, MOST)
+        batch_size = config.batch_size
+        if config.method != "direct":
+            batch_size = case.batch_size if batch_size is None else batch_size
+            if check_integer("batch_size", batch_size, 2) > size:
+                raise InvalidValue(f"batch_size must be at most the number of particles {size}, got {batch_size}")
+        elif batch_size is not None:
+            raise InvalidValue(f"batch_size must be left out with method 'direct', got {batch_size}")
+        dt = check_positive("dt", case.dt if config.dt is None else config.dt)
+        t1 = check_positive("t1", case.long if config.t1 is None else config.t1)
+        steps = check_multiple("t1", t1, "dt", dt)
+        if check_integer("frames", config.frames, 2) > steps + 1:
+            raise InvalidValue(
+                f"frames must be at most the number of steps and the start, {steps + 1}, got {config.frames}"
+            )
+        seed = check_seed("seed", config.seed)
+        return cls(config.system, config.method, batch_size, size, t1, dt, config.frames, seed)
+
+    def saved(self) -> list[float]:
+        """The times of the frames."""
+        steps = round(self.t1 / self.dt)
+        return [self.dt * round(steps * number / (self.frames - 1)) for number in range(self.frames)]
+
 
 def simulate(config: SimulateConfig, *, say: Callable[[str], None] = print) -> Trajectory:
     """Solve, and write trajectory and pictures.
 
     Raises:
-        ValueError: a setting that does not fit.
+        UserError: a setting that does not fit, a package that is missing, a folder that is somebody else's.
         Interrupted: by Ctrl-C.
     """
-    case = CASES[check_choice("system", config.system, CASES)]
-    check_choice("method", config.method, METHODS)
-    size = case.many if config.num_particles is None else config.num_particles
-    dt = case.dt if config.dt is None else config.dt
-    t1 = case.long if config.t1 is None else config.t1
-    steps = round(t1 / dt)
-    if check_integer("frames", config.frames, 2) > steps + 1:
-        raise ValueError(f"frames must be at most the number of steps and the start, {steps + 1}, got {config.frames}")
-    saved = [dt * round(steps * number / (config.frames - 1)) for number in range(config.frames)]
-    x0 = start_of(case, 1, check_integer("num_particles", size, 2), config.seed)[0]
-    batch_size = config.batch_size if config.batch_size or config.method == "direct" else case.batch_size
-    settings = {"system": config.system, "method": config.method, "batch_size": batch_size, "num_particles": size}
-    settings |= {"t1": t1, "dt": dt, "frames": config.frames, "seed": config.seed}
-    with open_folder(config.out, f"simulate-{config.system}", settings, say, " (it starts from t = 0)") as folder:
+    plan, case = _Plan.of(config), CASES[config.system]
+    for module in ("numpy", "matplotlib", "tqdm", *(["PIL"] if config.film else [])):  # what is missing shows now
+        require(module)
+    row = start_of(case, 1, 2, plan.seed)[0, 0]  # of one particle
+    least = plan.num_particles * row.numel() * row.element_size()
+    check_memory("num_particles", plan.num_particles, (2 + plan.frames) * least)
+    x0 = start_of(case, 1, plan.num_particles, plan.seed)[0]
+    name = f"simulate-{config.system}"
+    with open_folder(config.out, name, asdict(plan), say, " (it starts from t = 0)") as folder:
         found = solve(
-            case.system(size), x0, t1, dt, config.method, batch_size=batch_size, seed=config.seed, save_at=saved,
-            progress=True,
+            case.system(plan.num_particles), x0, plan.t1, plan.dt, plan.method, batch_size=plan.batch_size,
+            seed=plan.seed, save_at=plan.saved(), progress=True,
         )  # fmt: skip
         write_bytes(folder / "trajectory.npz", _npz(found))
-        title = f"{config.system}, N = {size}, {config.method}" + ("" if batch_size is None else f", p = {batch_size}")
+        title = f"{plan.system}, N = {plan.num_particles}, {plan.method}"
+        title += "" if plan.batch_size is None else f", p = {plan.batch_size}"
         draw_strip(found, case, title, folder / "frames.png")
         say(f"\ntrajectory: {folder / 'trajectory.npz'}\nframes: {folder / 'frames.png'}")
         if config.film:

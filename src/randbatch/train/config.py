@@ -8,11 +8,28 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from randbatch._checks import check_choice, check_chunk_batches, check_integer, check_probability
+from randbatch._checks import (
+    MOST,
+    check_choice,
+    check_chunk_batches,
+    check_integer,
+    check_not_negative,
+    check_positive,
+    check_probability,
+    check_seed,
+    check_several,
+)
+from randbatch._errors import InvalidValue
+from randbatch.estimators import ESTIMATORS
+from randbatch.models.graph_transformer import ATTENTIONS
+from randbatch.models.local import CONVOLUTIONS
+from randbatch.train.data import DATASETS
+from randbatch.train.machine import check_device
 
 __all__ = ["PRESETS", "Attention", "RunConfig", "Settings", "SweepConfig", "preset"]
 
 Attention = Literal["rba", "full", "linear", "off"]
+_DEEPEST = 10_000  # layers, and rounds of one layer: more is a slip of the hand
 
 
 @dataclass(frozen=True)
@@ -68,25 +85,30 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check every number now, not when a later run of the sweep comes to it."""
-        for name in ("epochs", "graphs_per_step", "eval_every", "rounds", "hidden", "heads"):
-            check_integer(name, getattr(self, name), 1)
-        check_integer("batch_size", self.batch_size, 2)
-        check_integer("layers", self.layers, 0)
-        check_chunk_batches(self.chunk_batches)
-        if self.chunk_batches is not None and self.estimator == "corrected":
-            raise ValueError("chunk_batches must be left out with estimator 'corrected', which has no pieces")
+        for name in ("epochs", "graphs_per_step", "eval_every", "hidden", "heads"):
+            check_integer(name, getattr(self, name), 1, MOST)
+        check_integer("batch_size", self.batch_size, 2, MOST)
+        check_integer("layers", self.layers, 0, _DEEPEST)
+        check_integer("rounds", self.rounds, 1, _DEEPEST)
         if self.eval_rounds is not None:
-            check_integer("eval_rounds", self.eval_rounds, 1)
+            check_integer("eval_rounds", self.eval_rounds, 1, _DEEPEST)
+        check_choice("estimator", self.estimator, ESTIMATORS)
+        check_choice("local", self.local, CONVOLUTIONS)
+        check_choice("order", self.order, ("then", "beside"))
+        check_chunk_batches(self.chunk_batches)
+        if isinstance(self.chunk_batches, int):
+            check_integer("chunk_batches", self.chunk_batches, 1, MOST)
+        if self.chunk_batches is not None and self.estimator == "corrected":
+            raise InvalidValue("chunk_batches must be left out with estimator 'corrected', which has no pieces")
         if self.hidden % self.heads:
-            raise ValueError(f"hidden must be a multiple of heads, got {self.hidden} and {self.heads}")
+            raise InvalidValue(f"hidden must be a multiple of heads, got {self.hidden} and {self.heads}")
         for name in ("dropout", "input_dropout", "attention_dropout"):
             check_probability(name, getattr(self, name))
-        for name in ("lr", "weight_decay"):
-            value = getattr(self, name)
-            if not (value > 0 if name == "lr" else value >= 0):
-                raise ValueError(f"{name} must be positive, got {value}")
-        if not 0 <= self.lr_decay <= 1:
-            raise ValueError(f"lr_decay must lie in [0, 1], got {self.lr_decay}")
+        check_positive("lr", self.lr)
+        check_not_negative("weight_decay", self.weight_decay)
+        if not 0 <= check_not_negative("lr_decay", self.lr_decay) <= 1:
+            raise InvalidValue(f"lr_decay must lie in [0, 1], got {self.lr_decay}")
+        check_device(self.device)
 
     def lr_of(self, epoch: int) -> float:
         """The learning rate of an epoch, counted from 1."""
@@ -101,6 +123,13 @@ class RunConfig(Settings):
     attention: Attention = "rba"
     split: int = 0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what is this run's own, too."""
+        super().__post_init__()
+        check_choice("attention", self.attention, ATTENTIONS)
+        check_seed("split", self.split, 0)
+        check_seed("seed", self.seed)
 
 
 @dataclass(frozen=True)
@@ -119,11 +148,14 @@ class SweepConfig(Settings):
     """Go on in this folder, with its own settings; only --epochs may be given too, if the learning rate is constant."""
 
     def __post_init__(self) -> None:
-        """Check that there is something to run."""
+        """Check that there is something to run, and that no run would take the folder of another."""
         super().__post_init__()
         for name in ("attention", "split", "seed"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} must name at least one, got none")
+            check_several(name, getattr(self, name))
+        check_choice("preset", self.preset, PRESETS)
+        if not self.dataset.endswith(".npz"):
+            check_choice("dataset", self.dataset, DATASETS)
+        list(self.runs())
 
     def runs(self) -> Iterator[RunConfig]:
         """The runs, in the order of the table."""
@@ -138,11 +170,11 @@ def to_json(config: Settings) -> dict[str, Any]:
 
 
 def sweep_from_json(values: Mapping[str, Any]) -> SweepConfig:
-    """The inverse of `to_json`; a `ValueError` names a setting that is unknown."""
+    """The inverse of `to_json`; an `InvalidValue` names a setting that is unknown."""
     known = {field.name for field in fields(SweepConfig)}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise ValueError(f"unknown settings: {', '.join(unknown)}")
+        raise InvalidValue(f"unknown settings: {', '.join(unknown)}")
     paths, several = ("root", "out", "resume"), ("attention", "split", "seed")
     typed = dict(values)
     typed |= {name: Path(values[name]) for name in paths if values.get(name) is not None}
