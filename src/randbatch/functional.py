@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from randbatch._autograd import refuse_transforms
 from randbatch._checks import (
     check_batch_vector,
     check_choice,
@@ -112,6 +113,7 @@ def random_batch_attention(
     check_choice("interaction", interaction, INTERACTIONS)
     check_chunk_batches(chunk_batches)
     if tolerance is not None:
+        refuse_transforms("tolerance", "give rounds instead")
         _check_tolerance_alone(rounds, partition, dropout_p, interaction)
     if has_no_numbers(query):
         return value + 0.0 * (query.sum() + key.sum())  # of the right shape, dtype and graph
@@ -229,7 +231,10 @@ def full_attention(
     if num_tokens == 0:
         return value.clone()
     problem = Problem.of(query, value, scale)
-    chunk_size = max(num_tokens, 1) if problem.transformed and chunk_size is None else chunk_size
+    if problem.transformed:
+        if chunk_size is not None:
+            refuse_transforms("chunk_size", "leave it out")
+        chunk_size = num_tokens
     whole = random_partition(num_tokens, max(num_tokens, 2), batch=batch, device=query.device)  # a batch per graph
     blocks = zip(*(whole.split(whole.pack(tensor)) for tensor in (query, key, value)), strict=True)
     return whole.unpack(whole.join([_attend_in_chunks(q, k, v, problem, chunk_size) for q, k, v in blocks]))

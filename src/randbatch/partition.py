@@ -31,9 +31,9 @@ __all__ = [
     "Partition",
     "balanced_groups",
     "by_size",
-    "out_of_inference",
     "draw_seed",
     "fold_seed",
+    "out_of_inference",
     "random_partition",
     "random_subsets",
 ]

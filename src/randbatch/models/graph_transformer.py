@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from randbatch._autograd import is_transformed
 from randbatch._checks import check_batch_vector, check_choice, check_integer, check_probability
 from randbatch._shapes import Float, Int
 from randbatch.models.local import make_convolution, pass_messages, prepare_edges
@@ -214,7 +215,9 @@ class GraphTransformer(nn.Module):
         check_batch_vector(batch, x.shape[0], x.device)
         if num_graphs is not None:
             check_integer("num_graphs", num_graphs, 1)
-        edges = edge_index if isinstance(edge_index, tuple) else self.prepare_edges(edge_index, x.shape[0])
+        edges = edge_index
+        if not isinstance(edges, tuple):  # no transform knows a sparse product
+            edges = self.prepare_edges(edges, x.shape[0], sparse=not is_transformed())
         h = self.embed(self.input_dropout(x))
         for layer in self.layers:
             h = layer(h, edges, batch)

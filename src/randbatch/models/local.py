@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from randbatch._autograd import pull_back
+from randbatch._autograd import pull_back, refuse_second_derivative, refuse_transforms
 from randbatch._checks import check_choice
 from randbatch._optional import require
 from randbatch._shapes import Float, Int
@@ -39,12 +39,27 @@ def make_convolution(name: str, channels: int, heads: int) -> nn.Module | None:
 
 def pass_messages(conv: nn.Module, x: Float[Tensor, "n c"], edges: tuple[Tensor, ...]) -> Float[Tensor, "n c"]:
     """`conv(x, *edges)`; a sparse product, which torch has not in half dtypes, stays in those of the parameters."""
-    if edges[0].layout == torch.strided or not torch.is_autocast_enabled(x.device.type):
+    if edges[0].layout == torch.strided:
         return conv(x, *edges)
+    if not torch.compiler.is_compiling():
+        refuse_transforms("a sparse product", _STRIDED)
+    if not torch.is_autocast_enabled(x.device.type):
+        out = conv(x, *edges)
+        if getattr(conv, "aggr", None) == "mean" and out.requires_grad:
+            out.register_hook(_refuse_recorded)
+        return out
     parameters = dict(conv.named_parameters())
     x = x.to(edges[0].dtype)
     out: Any = _WithoutAutocast.apply(conv, edges, tuple(parameters), x, *parameters.values())
     return out
+
+
+_STRIDED = "say model.prepare_edges(edge_index, num_nodes, sparse=False)"
+
+
+def _refuse_recorded(grad: Tensor) -> None:
+    """Torch's mean over neighbours has no second derivative; its own message does not say what does."""
+    refuse_second_derivative("the mean over neighbours by a sparse product", _STRIDED)
 
 
 class _WithoutAutocast(torch.autograd.Function):

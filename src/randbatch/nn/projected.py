@@ -126,6 +126,8 @@ class _Projected(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         how: _Attention = ctx.how
         x, in_weight, in_bias, out_weight, out_bias, *kept = ctx.saved_tensors
+        if grads[0] is None:  # what followed has no gradient
+            return (None,) * 6
         if torch.is_grad_enabled():
             given = [x, in_weight, out_weight, *(bias for bias in (in_bias, out_bias) if bias is not None)]
             formula = partial(how.formula, of_input=in_bias is not None, of_output=out_bias is not None)
