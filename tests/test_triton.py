@@ -197,12 +197,18 @@ def test_refusals_speak(monkeypatch: pytest.MonkeyPatch) -> None:
         rb.random_batch_attention(*qkv(9), batch_size=4, backend="triton")
 
 
-def test_auto_takes_it_first_on_cuda_and_never_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_says_how_to_ask_for_it_and_does_not_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels were interpreted only: until they ran on a GPU, `"auto"` is torch's own attention there."""
+    monkeypatch.setattr("randbatch.kernels._said", set())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for capability, name in (((9, 0), "triton"), ((8, 0), "triton"), ((7, 5), "sdpa")):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert pick_backend("auto", problem_on("cuda")) is BACKENDS[name]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert pick_backend("auto", problem_on("cuda")) is BACKENDS["sdpa"]  # it could not: nothing to say
     assert "this device has 7.5" in str(BACKENDS["triton"].why_not(problem_on("cuda")))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.warns(UserWarning, match="backend='triton'"):
+        assert pick_backend("auto", problem_on("cuda")) is BACKENDS["sdpa"]
+    assert pick_backend("auto", problem_on("cuda")) is BACKENDS["sdpa"]  # said once
+    assert pick_backend("triton", problem_on("cuda")) is BACKENDS["triton"]
     assert pick_backend("auto", problem_on("cpu")) is not BACKENDS["triton"]
 
 

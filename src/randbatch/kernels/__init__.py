@@ -6,6 +6,10 @@ can, in the order of the device; a backend asked for by name that cannot raises 
 
 from __future__ import annotations
 
+import warnings
+
+import torch
+
 from randbatch._checks import check_choice
 from randbatch.kernels import cpu, reference, sdpa, triton
 from randbatch.kernels.backend import Backend, OwnShift
@@ -21,9 +25,22 @@ BACKENDS = {
     "reference": reference.BACKEND,
 }
 
-# on a CPU triton is only interpreted, which is for tests; on a GPU it is to be asked for by name until it was verified
-# on one: benchmarks/verify_triton.py
+# on a CPU triton is only interpreted, which is for tests; on a GPU it is not taken until it was verified on one
 _AUTO = {"cuda": ("sdpa", "reference"), "cpu": ("cpu", "sdpa", "reference")}
+_said: set[str] = set()
+
+
+def _say_once(problem: Problem) -> None:
+    """Where triton could serve and is not taken, how to ask for it."""
+    if problem.device.type != "cuda" or _said or torch.compiler.is_compiling():
+        return
+    if BACKENDS["triton"].why_not(problem) is None:
+        _said.add("triton")
+        warnings.warn(
+            "backend 'auto' does not take 'triton' on a GPU, since its kernels were tested by an interpreter only; run "
+            "benchmarks/verify_triton.py there and ask for it by backend='triton'",
+            stacklevel=3,
+        )
 
 
 def pick_backend(name: str, problem: Problem) -> Backend:
@@ -33,6 +50,7 @@ def pick_backend(name: str, problem: Problem) -> Backend:
         ValueError: the name is unknown, or that backend cannot take this problem.
     """
     if name == "auto":
+        _say_once(problem)
         order = (BACKENDS[each] for each in _AUTO.get(problem.device.type, ("sdpa", "reference")))
         return next(backend for backend in order if backend.why_not(problem) is None)
     backend = BACKENDS[check_choice("backend", name, ["auto", *BACKENDS])]
