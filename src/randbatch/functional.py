@@ -77,8 +77,9 @@ def random_batch_attention(
             `torch.manual_seed` reproduces it, and graphs are split independently.
         partition: use this partition instead of drawing one; then `rounds` must be 1, there is no `tolerance`, and
             `batch`, `seed` and `batch_size` say nothing.
-        backend: `"triton"` (one fused kernel, CUDA only), `"cpu"` (the same in C++, fp32, compiled at its first call),
-            `"sdpa"`, `"reference"`, or `"auto"`: the first of these that can take the problem.
+        backend: `"cpu"` (one fused C++ function, fp32, compiled at its first call), `"sdpa"`, `"reference"`, or
+            `"auto"`: the first of these that can take the problem. `"triton"` (one fused kernel, CUDA only) is to be
+            asked for by name until it was verified on a GPU.
         interaction: what happens inside a batch, `"softmax"` or `"linear"`.
         chunk_batches: batches at a time, computed again in backward: memory is that of the arguments, the output, their
             gradients and one piece, whatever p. `"auto"`: as many as fit into free memory, and no more than are of
