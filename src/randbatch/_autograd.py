@@ -14,7 +14,18 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["is_transformed", "pull_back", "refuse_second_derivative", "refuse_transforms"]
+__all__ = [
+    "is_backward",
+    "is_batched",
+    "is_traced",
+    "is_transformed",
+    "pull_back",
+    "refuse_second_derivative",
+    "refuse_transforms",
+]
+
+_c: Any = torch._C  # pyright: ignore[reportPrivateUsage]  # what torch has no public name for is asked for here alone
+_dual: Any = forward_ad
 
 
 def pull_back(
@@ -59,8 +70,27 @@ def is_transformed() -> bool:
 
     Kernels that are not written in torch know nothing of either; then only plain torch gives the right numbers.
     """
-    module: Any = forward_ad
-    return torch._C._are_functorch_transforms_active() or module._current_level >= 0
+    return _c._are_functorch_transforms_active() or _dual._current_level >= 0
+
+
+def is_batched(x: Tensor) -> bool:
+    """Whether `torch.func.vmap` gave every sample an `x` of its own."""
+    functorch = _c._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
+
+
+def is_traced() -> bool:
+    """Whether `torch.jit.trace` is at work."""
+    return _c._get_tracing_state() is not None
+
+
+def is_backward() -> bool:
+    """Whether autograd is at work in this thread: what runs now is computed again, or a hook."""
+    return _c._current_graph_task_id() != -1
 
 
 def refuse_transforms(what: str, instead: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from randbatch._autograd import is_batched, is_transformed
 from randbatch._shapes import Int
 
 __all__ = ["draw_seed", "fold_seed", "hash_positions", "random_keys"]
@@ -44,15 +45,11 @@ def draw_seed() -> int:
     generator would not be replayed, and gradients would be silently wrong.
     """
     drawn = torch.randint(0, 2**63 - 1, (), device="cpu")
-    functorch: Any = torch._C._functorch
-    inner = drawn
-    while functorch.is_functorch_wrapped_tensor(inner):
-        if functorch.is_batchedtensor(inner):
-            raise NotImplementedError(
-                "torch.func.vmap cannot draw other random batches for each sample: say randomness='same', which draws "
-                "once for all"
-            )
-        inner = functorch.get_unwrapped(inner)
+    if is_transformed() and is_batched(drawn):
+        raise NotImplementedError(
+            "torch.func.vmap cannot draw other random batches for each sample: say randomness='same', which draws once "
+            "for all"
+        )
     return int(drawn.item())
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from randbatch._autograd import refuse_transforms
+from randbatch._autograd import is_traced, refuse_transforms
 from randbatch._checks import (
     check_batch_vector,
     check_choice,
@@ -104,7 +104,7 @@ def random_batch_attention(
         >>> torch.allclose(random_batch_attention(q, k, v, batch_size=1000), exact, atol=1e-5)
         True
     """
-    if torch.jit.is_tracing():
+    if is_traced():
         raise NotImplementedError("torch.jit.trace would keep one partition for ever; use torch.compile or export")
     query, key, value = as_autocast(query, key, value)
     check_qkv(query, key, value)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from randbatch._autograd import is_transformed
+from randbatch._autograd import is_traced, is_transformed
 from randbatch._checks import check_choice, check_integer, check_probability
 from randbatch._numerics import has_no_numbers
 from randbatch._shapes import Bool, Float, Int
@@ -174,7 +174,7 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
     ) -> None:
         if not isinstance(query, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"query must be a tensor, got {type(query).__name__}; torch.fx cannot trace random batches")
-        if torch.jit.is_tracing():
+        if is_traced():
             raise NotImplementedError("torch.jit.trace would keep one partition for ever; use torch.compile or export")
         if query.is_nested:
             raise TypeError(

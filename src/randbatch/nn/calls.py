@@ -15,7 +15,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from randbatch._autograd import is_transformed
+from randbatch._autograd import is_backward, is_transformed
 from randbatch.partition import fold_seed
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Calls:
             RuntimeError: activation checkpointing computes one of several calls again, and which is not known.
         """
         if self.counts is None:
-            if path in self.repeated and not torch.compiler.is_compiling() and _is_backward():
+            if path in self.repeated and not torch.compiler.is_compiling() and is_backward():
                 raise RuntimeError(
                     f"{path} is called several times in a forward, and activation checkpointing cannot compute one of "
                     "these calls again in eval: use train mode, or no checkpointing"
@@ -73,13 +73,10 @@ class Calls:
         return seed if number == 0 else fold_seed(seed, number)
 
 
-def _is_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
 def count_calls(root: nn.Module) -> Calls:
     """The counter of a model, which its hooks start anew in every forward; made where there is none."""
-    for hook in root._forward_pre_hooks.values():
+    hooks: Any = root._forward_pre_hooks  # pyright: ignore[reportPrivateUsage]
+    for hook in hooks.values():
         owner: Any = getattr(hook, "__self__", None)
         if isinstance(owner, Calls):
             return owner
@@ -91,7 +88,8 @@ def count_calls(root: nn.Module) -> Calls:
 
 def stop_counting(root: nn.Module, calls: Calls) -> None:
     """Remove the hooks of `calls`."""
-    for hooks in (root._forward_pre_hooks, root._forward_hooks):
+    module: Any = root
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is calls]:
             del hooks[key]
 
