@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from randbatch._shapes import Bool, Float, Int
+from randbatch.estimators.mean_field import of_set, sets_that_meet
 from randbatch.estimators.met import log_kappa, merge
 from randbatch.partition import Partition
 
-__all__ = ["AtTokens", "SetsOf", "attend_exactly", "log_attention_of", "rows_of"]
+__all__ = ["AtTokens", "SetsOf", "attend_exactly", "attend_in_sets", "log_attention_of", "pad_runs", "rows_of"]
 
 _GATHERED = 2**24  # numbers of keys or values that are gathered at a time: 64 MiB in fp32
 _LOGITS = 2**24  # held at a time
@@ -48,6 +49,7 @@ class AtTokens:
         self._field = torch.zeros_like(self.value)
         self._met = torch.zeros_like(tokens)
         self._others = torch.zeros_like(tokens)
+        self._rounds = torch.zeros_like(tokens)
         self.num_rounds = 0
 
     def add(self, part: Partition) -> None:
@@ -61,7 +63,9 @@ class AtTokens:
         results = zip(*(self._attend(part, *piece) for piece in pieces), strict=True)
         more, more_lse, field = (torch.cat(result, dim=1) for result in results)
         self._rest, self._lse = merge(self._rest, self._lse, more, more_lse)
-        self._field = self._field + field
+        meets = of_set(part, sets_that_meet(part)).expand(part.num_batches)[batch]
+        self._field = self._field + torch.where(meets.unsqueeze(-1), field, 0.0)
+        self._rounds = self._rounds + meets
         self._met = self._met + width - 1
         self._others = part.unpack(part.count_others())[self.tokens]
         self.num_rounds += 1
@@ -76,15 +80,14 @@ class AtTokens:
         filled = slots < width
         index = index if part.in_order else part.order[index]
         k, v = rows_of(self._key, index).to(query.dtype), rows_of(self._value, index).to(query.dtype)  # [H, S, W, D]
+        share = (filled / width).to(query.dtype)
         logits = torch.einsum("hsd,hswd->hsw", query, k) * self._scale
+        response = (logits - (share * logits).sum(dim=-1, keepdim=True)) * share
         logits = logits.masked_fill(~filled | (index == tokens.unsqueeze(-1)), -torch.inf)
         lse = logits.logsumexp(dim=-1)
         weights = (logits - lse.clamp(min=torch.finfo(query.dtype).min).unsqueeze(-1)).exp()
-        out = torch.einsum("hsw,hswe->hse", weights, v)
-        share = (filled / width).unsqueeze(-1).to(query.dtype)
-        key_mean, value_mean = ((share * x).sum(dim=2, keepdim=True) for x in (k, v))
-        response = torch.einsum("hsd,hswd->hsw", query, k - key_mean) * share.squeeze(-1) * self._scale
-        return out, lse, value_mean.squeeze(2) + torch.einsum("hsw,hswe->hse", response, v)
+        out, field = (torch.stack([weights, response + share], dim=-2) @ v).unbind(-2)
+        return out, lse, field
 
     @property
     def met_all(self) -> Bool[Tensor, "h s"]:
@@ -93,8 +96,8 @@ class AtTokens:
 
     @property
     def field(self) -> Float[Tensor, "h s e"]:
-        """The mean field of the batches, on average over the rounds."""
-        return self._field / self.num_rounds
+        """The mean field of the batches, on average over the rounds of the set."""
+        return self._field / self._rounds.clamp(min=1).unsqueeze(-1)
 
     def local(self, debias: float | Tensor) -> Float[Tensor, "... h s e"]:
         """Attention to the tokens that were met and to oneself, with the own logit lowered by δ log κ.
@@ -137,6 +140,54 @@ def attend_exactly(
     same = None if sets.of_token is None else (sets.own.unsqueeze(-1) == sets.of_token).unsqueeze(0)
     keys, values = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (key, value))
     return F.scaled_dot_product_attention(query.unsqueeze(0), keys, values, attn_mask=same, scale=scale).squeeze(0)
+
+
+def pad_runs(
+    sorted_numbers: Int[Tensor, " s"],
+) -> tuple[Int[Tensor, "rows most"], Bool[Tensor, "rows most"], Int[Tensor, " rows"]]:
+    """Where equal numbers stand, a row for each number, padded; which places are no padding; and the numbers."""
+    numbers, counts = torch.unique_consecutive(sorted_numbers, return_counts=True)
+    slots = torch.arange(int(counts.max()) if len(counts) else 0, device=counts.device)
+    ends = counts.unsqueeze(1)
+    first = (counts.cumsum(0) - counts).unsqueeze(1)
+    return first + torch.minimum(slots, ends - 1), slots < ends, numbers
+
+
+def attend_in_sets(
+    query: Float[Tensor, "n h d"],
+    key: Float[Tensor, "n h d"],
+    value: Float[Tensor, "n h e"],
+    tokens: Int[Tensor, "h s"],
+    own_set: Int[Tensor, " s"],
+    part: Partition,
+    scale: float,
+) -> Float[Tensor, "h s e"]:
+    """Attention of some tokens of each set, set after set, to all of it: no more than `Σ_g S_g n_g` products, twice.
+
+    Sets of about one size are computed together.
+    """
+    rows = rows_of(query, tokens)
+    if part.set_of_batch is None or part.set_sizes is None:
+        return attend_exactly(rows, key, value, SetsOf(part, tokens), scale)
+    by_set = part.unpack(part.spread(part.set_of_batch)).argsort(stable=True)
+    sizes = part.set_sizes
+    starts = sizes.cumsum(0) - sizes
+    index, filled, sets = pad_runs(own_set)
+    out = value.new_empty(*tokens.shape, value.shape[2])
+    power = sizes[sets].double().log2().ceil()
+    for each in power.unique().tolist():
+        together = (power == each).nonzero().squeeze(1)
+        slots = torch.arange(int(sizes[sets[together]].max()), device=sizes.device)
+        chunk = max(1, _GATHERED // (slots.numel() * key.shape[1] * max(key.shape[2], value.shape[2])))
+        for some in together.split(chunk):
+            size = sizes[sets[some]].unsqueeze(1)
+            others = by_set[starts[sets[some]].unsqueeze(1) + torch.minimum(slots, size - 1)]  # [g, W]
+            k, v = (x[others].transpose(1, 2) for x in (key, value))  # [g, H, W, D]
+            q = rows[:, index[some]].transpose(0, 1)
+            mask = (slots < size)[:, None, None, :]
+            found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(0, 1)
+            out[:, index[some][filled[some]]] = found[:, filled[some]]
+    return out
 
 
 def log_attention_of(

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from randbatch._shapes import Float, Shaped
+from randbatch._autograd import refuse_second_derivative
+from randbatch._shapes import Bool, Float, Shaped
 from randbatch.partition import Partition
 
-__all__ = ["Moments", "add_mean_field"]
+__all__ = ["Moments", "add_mean_field", "of_set", "sets_that_meet", "value_range", "weigh"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +124,30 @@ def of_set(part: Partition, x: Shaped[Tensor, "g ..."]) -> Shaped[Tensor, "m_or_
     return x if part.set_of_batch is None else x.index_select(0, part.set_of_batch)
 
 
+def value_range(
+    part: Partition, value: Float[Tensor, "n h e"]
+) -> tuple[Float[Tensor, "g h e"], Float[Tensor, "g h e"]]:
+    """The smallest and the largest number of each set, head and dimension; NaN is none."""
+    low, high = (torch.where(value.isnan(), limit, value) for limit in (torch.inf, -torch.inf))
+    if part.set_of_batch is None or part.set_sizes is None:
+        return low.amin(dim=0, keepdim=True), high.amax(dim=0, keepdim=True)
+    index = part.unpack(part.spread(part.set_of_batch))[:, None, None].expand_as(value)
+    shape = part.set_sizes.numel(), *value.shape[1:]
+    return (
+        low.new_full(shape, torch.inf).scatter_reduce(0, index, low, "amin"),
+        high.new_full(shape, -torch.inf).scatter_reduce(0, index, high, "amax"),
+    )
+
+
+def sets_that_meet(part: Partition) -> Bool[Tensor, " g"]:
+    """In which sets any tokens meet: a set that had its rounds waits, each token alone, until others had theirs."""
+    widths = part.starts_and_widths()[1]
+    if part.set_of_batch is None or part.set_sizes is None:
+        return (widths > 1).any().unsqueeze(0)
+    widest = torch.zeros_like(part.set_sizes).scatter_reduce_(0, part.set_of_batch, widths, "amax")
+    return widest > 1
+
+
 def add_mean_field(
     query: Float[Tensor, "n h d"],
     key: Float[Tensor, "n h d"],
@@ -133,12 +157,18 @@ def add_mean_field(
     scale: float,
     weights: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> Float[Tensor, "n h e"]:
-    """`ω A + (α v̄ − ν v̄_C) + scale · (β Cov − ν Cov_C) q` for local attention A and weights (ω, α, β, ν), each `[H]`.
+    """`ω A + (α v̄ − ν v̄_C) + scale · (β Cov − ν Cov_C) q` for local attention A, by weights of each set, `[G, H]`.
 
-    One product per batch. The gradient knows that the moments are those of `key` and `value`; the weights have none.
+    One product per batch. The gradient knows that the moments are those of `key` and `value`; the weights (ω, α, β, ν)
+    have none. A field that has no weight may be infinite.
     """
     out: Any = _AddMeanField.apply(query, key, value, local, moments, scale, weights)
     return out
+
+
+def weigh(weight: Tensor, field: Tensor) -> Tensor:
+    """Their product, and 0 where the weight is 0, whatever the field."""
+    return torch.where(weight == 0, 0.0, weight * field)
 
 
 class _AddMeanField(torch.autograd.Function):
@@ -154,26 +184,31 @@ class _AddMeanField(torch.autograd.Function):
         weights: tuple[Tensor, Tensor, Tensor, Tensor],
     ) -> Tensor:
         part = moments.part
-        of_local, alpha, beta, nu = (weight.to(moments.covariance.dtype).unsqueeze(1) for weight in weights)
-        shift = alpha * of_set(part, moments.set_value_mean) - nu * moments.value_mean
-        slope = beta.unsqueeze(2) * of_set(part, moments.set_covariance) - nu.unsqueeze(2) * moments.covariance
-        slope = slope * scale
+        of_batch = (of_set(part, weight.to(moments.covariance.dtype)).unsqueeze(2) for weight in weights)
+        of_local, alpha, beta, nu = of_batch  # [M or 1, H, 1]
+        shift = weigh(alpha, of_set(part, moments.set_value_mean)) - weigh(nu, moments.value_mean)
+        slope = weigh(beta.unsqueeze(3), of_set(part, moments.set_covariance))
+        slope = (slope - weigh(nu.unsqueeze(3), moments.covariance)) * scale
         queries = [block.to(slope.dtype) for block in part.split(part.pack(query))]
         rows = [block.shape[0] for block in queries]
         pieces = zip(queries, slope.split(rows), shift.split(rows), strict=True)
         linear = part.unpack(part.join([_multiply(*piece) for piece in pieces]))
+        of_local = of_local if part.set_of_batch is None else part.unpack(part.spread(of_local))
         out = torch.addcmul(linear, local, of_local).to(local.dtype)
-        per_batch = moments.share, moments.key_offset, moments.value_mean, moments.value_offset
+        is_used = (alpha != 0) | (beta != 0) | (nu != 0)
+        means = (weigh(is_used, x) for x in (moments.key_offset, moments.value_mean, moments.value_offset))
         # saved as tensors, not as an attribute, so that checkpointing sees them
         ctx.save_for_backward(
-            slope, of_local, alpha, beta, nu, *per_batch, *queries, *moments.keys, *moments.values
-        )  # fmt: skip
+            slope, of_local, alpha, beta, nu, moments.share, *means, *queries, *moments.keys, *moments.values
+        )
         ctx.part, ctx.scale = part, scale
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        refuse_second_derivative(
+            "estimator 'corrected'", "take 'plain' or 'debiased', whose weights are not fitted to the input"
+        )
         slope, of_local, alpha, beta, nu, share, key_offset, value_mean, value_offset, *rest = ctx.saved_tensors
         (grad,) = grads
         part = ctx.part
@@ -182,9 +217,9 @@ class _AddMeanField(torch.autograd.Function):
         blocks = [block.to(slope.dtype) for block in part.split(part.pack(grad))]
         to_slope = torch.cat([_sum_outer(q, g) for q, g in zip(queries, blocks, strict=True)]) * ctx.scale
         to_shift = torch.cat([g.sum(dim=1) for g in blocks])
-        to_set_covariance = of_set(part, sum_over_sets(part, beta.unsqueeze(2) * to_slope))
+        to_set_covariance = of_set(part, sum_over_sets(part, beta.unsqueeze(3) * to_slope))
         to_set_mean = of_set(part, sum_over_sets(part, alpha * to_shift))
-        to_covariance = share.unsqueeze(-1) * to_set_covariance - nu.unsqueeze(2) * to_slope
+        to_covariance = share.unsqueeze(-1) * to_set_covariance - nu.unsqueeze(3) * to_slope
         to_value_mean = share * to_set_mean - nu * to_shift
         to_value_mean = to_value_mean + share * torch.einsum("mhd,mhde->mhe", key_offset, to_set_covariance)
         to_key_mean = share * torch.einsum("mhe,mhde->mhd", value_offset, to_set_covariance)
