@@ -64,8 +64,3 @@ def new_figure(rows: int = 1, columns: int = 1, *, axes: Mapping[str, Any] | Non
     figure = require("matplotlib.figure").Figure(layout="constrained", **options)
     require("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, **(axes or {}))
-
-
-def pyplot() -> Any:
-    """`matplotlib.pyplot`, imported."""
-    return require("matplotlib.pyplot")

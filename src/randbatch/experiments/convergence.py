@@ -49,11 +49,11 @@ class ConvergenceConfig:
     """One of the systems of `randbatch simulate`, or `softmax`: every estimator of attention on the sphere."""
     run: Path | None = None
     """Folder of a finished training run: the random force in its layers and its end-to-end error, instead."""
-    batch_size: tuple[int, ...] = ()
+    batch_size: tuple[int, ...] | None = None
     """p. Default: 2 8 32; 8 for `softmax`; 32 64 128 256 512 for a run."""
-    dt: tuple[float, ...] = ()
+    dt: tuple[float, ...] | None = None
     """Steps τ, whole parts of t1, at least three. Default: t1/8 … t1/128."""
-    method: tuple[str, ...] = ()
+    method: tuple[str, ...] | None = None
     """Of rbm1 and rbmr. Default: both."""
     num_particles: int | None = None
     """N. Default: 64."""
@@ -75,11 +75,12 @@ class ConvergenceConfig:
             _Plan.of(self)
             return
         for name in ("dt", "method", "num_particles", "t1", "out"):
-            if getattr(self, name) not in ((), None):
+            if getattr(self, name) is not None:
                 raise InvalidValue(f"{name} is for systems of particles and must be left out with --run")
-        check_several("batch_size", self.batch_size, 0)
-        for size in self.batch_size:
-            check_integer("batch_size", size, 2, MOST)
+        if self.batch_size is not None:
+            check_several("batch_size", self.batch_size)
+            for size in self.batch_size:
+                check_integer("batch_size", size, 2, MOST)
         if self.realisations is not None:
             check_integer("realisations", self.realisations, 2, MOST)
         check_seed("seed", self.seed)
@@ -103,28 +104,29 @@ class _Plan:
         case, softmax = _case_of(config.system), config.system == SOFTMAX
         if config.root is not None:
             raise InvalidValue("root is for the data set of a run and must be left out without --run")
-        if softmax and config.method:
+        if softmax and config.method is not None:
             raise InvalidValue("method is for particles; softmax compares the estimators of attention")
         t1 = check_positive("t1", case.t1 if config.t1 is None else config.t1)
         size = case.num_particles if config.num_particles is None else config.num_particles
         check_integer("num_particles", size, 2, MOST)
         realisations = (16 if softmax else 200) if config.realisations is None else config.realisations
         check_integer("realisations", realisations, 2, MOST)
-        sizes = list(config.batch_size or ((8,) if softmax else (2, 8, 32)))
+        sizes = list(((8,) if softmax else (2, 8, 32)) if config.batch_size is None else config.batch_size)
         check_several("batch_size", sizes)
         for p in sizes:
             if check_integer("batch_size", p, 2) > size:
                 raise InvalidValue(f"batch_size must be at most the number of particles {size}, got {p}")
-        dts = list(config.dt) or [t1 / 2**k for k in _HALVINGS]
+        dts = [t1 / 2**k for k in _HALVINGS] if config.dt is None else list(config.dt)
         check_several("dt", dts, FEWEST)
         smallest = min(check_positive("dt", dt) for dt in dts)
         for dt in dts:
             check_multiple("t1", t1, "dt", dt)
             check_multiple("dt", dt, "the smallest", smallest)
-        methods = [] if softmax else list(config.method or ("rbm1", "rbmr"))
-        check_several("method", methods, 0)
+        methods = list(("rbm1", "rbmr") if config.method is None else config.method)
+        check_several("method", methods)
         for method in methods:
             check_choice("method", method, [name for name in METHODS if name != "direct"])
+        methods = [] if softmax else methods
         return cls(config.system, sizes, dts, methods, size, realisations, t1, check_seed("seed", config.seed))
 
 

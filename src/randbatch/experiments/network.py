@@ -25,7 +25,7 @@ _COLORS = dict(zip(ESTIMATORS, ("#d62728", "#ff7f0e", "#1f77b4"), strict=False))
 def network_convergence(
     run: Path,
     root: Path | None,
-    batch_sizes: Sequence[int],
+    batch_sizes: Sequence[int] | None,
     draws: int | None,
     seed: int,
     say: Callable[[str], None],
