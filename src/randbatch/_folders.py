@@ -31,10 +31,11 @@ def check_new(folder: Path, beside: Iterable[str] = ()) -> None:
     Raises:
         InvalidValue: it holds something, or is no folder.
     """
-    if not os.path.lexists(folder):
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise InvalidValue(f"out: {there} is no folder")
+    if there != folder:
         return
-    if not folder.is_dir():
-        raise InvalidValue(f"out: {folder} is no folder")
     known = {_LOCK, *beside}
     names = sorted(path.name for path in folder.iterdir() if path.name not in known and not is_stale(path))
     if names:

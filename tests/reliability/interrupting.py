@@ -234,6 +234,9 @@ def moments(cases: Cases, count: int, seed: int) -> None:
                 assert code in allowed, f"exit code {code} after {name}"
                 cases.counts["ended early"] += code != 0
                 cases.counts["in the middle"] += code != 0 and (training.folder / "sweep.json").exists()
+                said = training.said.read_text()
+                if code == 130 and (training.folder / "sweep.json").exists():  # `picture:` if it was just through
+                    assert "go on with: randbatch train --resume" in said or "picture:" in said, said
                 if training.folder.exists():
                     training.check_whole()
 

@@ -16,7 +16,7 @@ from damage import DAMAGES, in_child, line_of, snapshot
 from interrupting import Training, write_data
 
 from randbatch import _files, _folders
-from randbatch._errors import InvalidValue
+from randbatch._errors import InvalidValue, UserError
 from randbatch._files import append_text, open_regular, read_json, read_record, write_bytes, write_json, write_record
 from randbatch._folders import locked
 from randbatch.experiments.folders import open_folder
@@ -524,6 +524,14 @@ def test_a_diverged_training_is_no_result(tmp_path: Path) -> None:
             json.loads(line, parse_constant=lambda name: pytest.fail(name))
     with pytest.raises(Diverged, match="diverged in epoch"):  # and again, from where it was
         resume(folder)
+
+
+@pytest.mark.parametrize("change", [{"lr": 1e300}, {"lr": 1e38}, {"weight_decay": 1e300}, {"weight_decay": 1e38}])
+def test_numbers_beyond_float32(tmp_path: Path, change: dict[str, float]) -> None:
+    write_data(tmp_path / "data.npz")
+    with pytest.raises(UserError):
+        train_sweep(config(tmp_path / "run", **change), say=quiet)
+    assert not (tmp_path / "run" / "result.json").exists()
 
 
 def test_runs_are_named_once(tmp_path: Path) -> None:

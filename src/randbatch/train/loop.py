@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from randbatch._errors import UserError
+from randbatch._errors import InvalidValue, UserError
 from randbatch._files import append_text, json_text, make_folder, write_record, write_text
 from randbatch._folders import locked, remove_stale
 from randbatch._optional import require
@@ -35,7 +35,9 @@ from randbatch.train.folder import (
 from randbatch.train.machine import commit, peak_memory, pick_device, reset_peak_memory, versions
 from randbatch.train.metrics import loss, score
 
-__all__ = ["Diverged", "Trainer", "make_model", "train_here", "train_run"]
+__all__ = ["Diverged", "Trainer", "check_rate", "make_model", "train_here", "train_run"]
+
+_LARGEST_RATE = torch.finfo(torch.float32).max / 10  # the first step of AdamW is ten times the rate, in float32
 
 
 class Diverged(UserError, ArithmeticError):  # noqa: N818, named as the others in `_errors`
@@ -74,10 +76,21 @@ def make_model(config: RunConfig, dataset: Dataset) -> GraphTransformer:
     )
 
 
+def check_rate(config: RunConfig) -> None:
+    """Check that the optimizer can compute with the learning rate.
+
+    Raises:
+        InvalidValue: it is beyond float32.
+    """
+    if not config.lr < _LARGEST_RATE:
+        raise InvalidValue(f"lr must be below {_LARGEST_RATE:.0e}, got {config.lr}")
+
+
 class Trainer:
     """A model, its optimizer and its data on a device."""
 
     def __init__(self, config: RunConfig, dataset: Dataset) -> None:
+        check_rate(config)
         torch.manual_seed(config.seed)
         self.config = config
         self.dataset = dataset

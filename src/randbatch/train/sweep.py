@@ -21,7 +21,7 @@ from randbatch._optional import require
 from randbatch.train.config import RunConfig, SweepConfig, sweep_from_json, to_json
 from randbatch.train.data import Dataset, load_dataset, needs_root
 from randbatch.train.folder import CURVES, read_log, read_run
-from randbatch.train.loop import Trainer, make_model, train_here
+from randbatch.train.loop import Trainer, check_rate, make_model, train_here
 from randbatch.train.machine import pick_device
 from randbatch.train.report import draw_curves, table
 
@@ -185,6 +185,7 @@ def _check_distinct(config: SweepConfig) -> None:
 
 def _check_run(run: RunConfig, dataset: Dataset, place: Path, beside: tuple[str, ...]) -> None:
     """Check that a run can begin, or go on, without memory for its model."""
+    check_rate(run)
 
     def make() -> nn.Module:
         try:
