@@ -19,6 +19,7 @@ from randbatch._optional import new_figure, require
 from randbatch.cli import COMMANDS, main
 from randbatch.train import machine
 from randbatch.train.machine import peak_memory, pick_device, reset_peak_memory
+from randbatch.train.report import draw_curves
 
 GRAPHS = ["torch_geometric", "safetensors", "torchmetrics", "ogb", "ot", "transformers", "timm"]
 OPTIONAL = ["numpy", "tyro", "tqdm", "matplotlib", "PIL", *GRAPHS]
@@ -319,6 +320,12 @@ def test_a_figure_is_drawn_by_agg() -> None:
     figure, axes = new_figure(1, 2, figsize=(2, 1), axes={"squeeze": False})
     assert type(figure.canvas).__name__ == "FigureCanvasAgg"
     assert axes.shape == (1, 2)
+
+
+def test_a_data_set_may_have_any_name(tmp_path: Path) -> None:
+    result = {"dataset": r"a$\x$b.npz", "attention": "off", "metric": "accuracy", "test": 0.5, "seconds_per_epoch": 1.0}
+    draw_curves([(result, [{"epoch": 1, "loss": 0.5, "val": 0.5}])], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 # Devices and memory

@@ -9,14 +9,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from randbatch import particles
 from randbatch.cli import main
 from randbatch.experiments import convergence as command
 from randbatch.experiments.cases import CASES, start_of
+from randbatch.experiments.frames import draw_strip, film
 from randbatch.experiments.softmax import AttentionInBatches, softmax_jobs
-from randbatch.particles import SPHERE, BrownianPath, SoftmaxAttention, System, measure_convergence, solve
+from randbatch.particles import (
+    SPHERE,
+    BrownianPath,
+    SoftmaxAttention,
+    System,
+    Trajectory,
+    measure_convergence,
+    solve,
+)
 from randbatch.particles.convergence import Job, measure, second_moment
 from randbatch.particles.rates import Convergence, Errors, fit_with_interval
 
@@ -267,6 +277,28 @@ def test_every_system_is_simulated_and_drawn(name: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(stored["states"], expected.states.numpy())
     assert (tmp_path / "frames.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "film.gif").read_bytes().startswith(b"GIF8")
+
+
+@pytest.mark.parametrize("name", ["wealth", "dyson", "consensus", "thomson", "cucker_smale"])
+@pytest.mark.parametrize("stray", [0.0, 5.0])
+def test_particles_in_one_place_are_drawn(name: str, stray: float, tmp_path: Path) -> None:
+    case = CASES[name]
+    columns = start_of(case, 1, 2, 0).shape[-1]
+    states = torch.full((2, 10, columns), 3.0, dtype=torch.float64)
+    states[1, 0] += stray  # one of ten
+    found = Trajectory(torch.tensor([0.0, 1.0], dtype=torch.float64), states)
+    draw_strip(found, case, name, tmp_path / "frames.png")
+    film(found, case, name, tmp_path / "film.gif")
+    assert (tmp_path / "frames.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_strip_of_many_frames_shows_some(tmp_path: Path) -> None:
+    """The first, the last and some between: a picture of thousands of panels is none."""
+    states = torch.randn(1000, 3, 2, dtype=torch.float64)
+    found = Trajectory(torch.arange(1000, dtype=torch.float64), states)
+    draw_strip(found, CASES["consensus"], "many", tmp_path / "frames.png")
+    with Image.open(tmp_path / "frames.png") as picture:
+        assert picture.size == (round(120 * 2.6 * 6), round(120 * 2.7 * 10))
 
 
 def test_known_laws_are_densities() -> None:

@@ -64,6 +64,8 @@ def _line(axes: Any, state: Tensor, states: Tensor, case: Case, time: float) -> 
     last = states[-1].flatten()
     middle, quarter = (torch.quantile(last[:: max(1, len(last) // 2**20)], at).item() for at in (0.5, 0.75))
     low, high = states.min().item(), min(states.max().item(), middle + 10 * (quarter - middle))  # a tail may be long
+    if high <= low:  # most of them are in one place
+        low, high = low - max(1.0, abs(low)) / 2, low + max(1.0, abs(low)) / 2
     places = state.flatten().numpy()
     share = torch.full((len(places),), 40 / (len(places) * (high - low)))  # of all, also of those out of sight
     axes.hist(places, bins=40, range=(low, high), weights=share.numpy(), color=_BLUE, alpha=0.6)
@@ -94,7 +96,7 @@ def _arrows(axes: Any, state: Tensor, states: Tensor, case: Case, time: float) -
     x, v = state.chunk(2, dim=-1)
     middle = states.chunk(2, dim=-1)[0].mean(dim=-2, keepdim=True)
     x = x - x.mean(dim=0)  # seen from the flock, which travels
-    axes.quiver(x[:, 0], x[:, 1], v[:, 0], v[:, 1], color=_BLUE, width=0.004, angles="xy")
+    axes.quiver(x[:, 0], x[:, 1], v[:, 0], v[:, 1], color=_BLUE, width=0.004)
     _bounds(axes, states.chunk(2, dim=-1)[0] - middle)
 
 

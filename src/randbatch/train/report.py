@@ -88,5 +88,6 @@ def draw_curves(runs: Sequence[Run], path: Path) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
     for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{runs[0][0]['dataset']}: test score at the epoch with the best validation score")
+    title = f"{runs[0][0]['dataset']}: test score at the epoch with the best validation score"
+    figure.suptitle(title, parse_math=False)  # the name of a file may have any sign in it
     write_picture(path, figure)
