@@ -150,15 +150,26 @@ def test_cached_parametrizations(rounds: int) -> None:
     same(gradients(weight_norm, 2, lambda m, x: run(m.eval(), x), rounds=rounds), want)
 
 
-def test_a_cached_weight_that_is_made_anew_in_backward_raises() -> None:
-    """The second call in one cache meets a weight that the first one made; in backward there is no cache."""
-    module, _ = weight_norm(2)
-    x = torch.randn(21, 8, dtype=torch.float64)
-    with parametrize.cached():
-        module.eval()(x)
-        out = module(x)
-    with pytest.raises(RuntimeError, match="set chunk_batches to None"):
-        out.sum().backward()
+@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize("inside", [True, False])
+def test_two_calls_in_one_cache(inside: bool, rounds: int) -> None:
+    """The second call meets a weight that the first one made; backward comes inside the cache or after it."""
+
+    def backward(chunk: int | None) -> list[Tensor]:
+        module, tensors = weight_norm(chunk, rounds=rounds)
+        module.eval()
+        torch.manual_seed(2)
+        x = torch.randn(21, 8, dtype=torch.float64, requires_grad=True)
+        with parametrize.cached():
+            loss = (module(x) + module(2 * x)).sin().sum()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        return [x.grad, *(tensor.grad for tensor in tensors.values())]
+
+    for found, want in zip(backward(2), backward(None), strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -22,6 +22,9 @@ Edge = tuple[Any, int]
 _Leaf: Any = type(torch.zeros((), requires_grad=True).view(1).grad_fn.next_functions[0][0])  # type: ignore[union-attr]
 
 _INSTEAD = "set chunk_batches to None there"
+_AMBIGUOUS = (
+    f"chunk_batches cannot tell apart the gradients of a tensor and of another that was computed from it: {_INSTEAD}"
+)
 
 
 class Closure:
@@ -37,7 +40,16 @@ class Closure:
     def __init__(self, owner: nn.Module | None = None) -> None:
         self._owner = owner
         self._edges: set[Edge] = set()
+        self._origins: set[int] = set()  # leaves that older tensors were computed from
         self.tensors: list[Tensor] = []
+
+    def prepare(self) -> None:
+        """Inside `parametrize.cached`, compute what it keeps now, and not in the graph of one of the calls."""
+        if self._owner is None or not getattr(parametrize, "_cache_enabled", 0):
+            return
+        for module in self._owner.modules():
+            for name in getattr(module, "parametrizations", ()):
+                getattr(module, name)
 
     def find(self, outs: Sequence[Tensor], rows: Sequence[Tensor], mark: int) -> None:
         """Read `tensors` from the graph of a first call; nodes older than `mark` were there before it.
@@ -53,24 +65,37 @@ class Closure:
                 older[edge] = self._tensor_of(edge)
             elif not any(leaf is row for row in rows):
                 leaves[id(leaf)] = leaf
-        if older:
-            leaves = self._without_ancestors(leaves, older, outs, mark)
         self.tensors = [*leaves.values(), *older.values()]
         self._edges = set(older)
+        above = [end for x in older.values() for end in _all_above(x)]
+        if any(edge in older for edge in above):
+            raise RuntimeError(_AMBIGUOUS)
+        self._origins = {id(getattr(node, "variable", None)) for node, _ in above}
+        self.used(outs, rows)
 
-    def check(self, outs: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
-        """Check that a later call depends on nothing else.
+    def used(self, outs: Sequence[Tensor], rows: Sequence[Tensor]) -> list[bool]:
+        """By which of `tensors` the outputs of a call are to be differentiated.
+
+        Where an older tensor is read, autograd itself goes on from it to the leaves that it was computed from.
 
         Raises:
-            RuntimeError: it reads another tensor than the first call did, whose gradient would be lost.
+            RuntimeError: it reads another tensor than the first call did, whose gradient would be lost, or both an
+                older tensor and what that was computed from.
         """
         known = {id(x) for x in (*self.tensors, *rows)}
-        for node, _ in _ends(outs, None, self._edges):
-            if type(node) is _Leaf and id(node.variable) not in known:
+        reads_older = reads_origin = False
+        for edge in _ends(outs, None, self._edges):
+            reads_older = reads_older or edge in self._edges
+            leaf = edge[0].variable if type(edge[0]) is _Leaf else None
+            reads_origin = reads_origin or (leaf is not None and id(leaf) in self._origins)
+            if leaf is not None and id(leaf) not in known:
                 raise RuntimeError(
                     "chunk_batches computes a module again in backward, but its parameters are others by now (by "
                     f"torch.func.functional_call, or a change of the module?): {_INSTEAD}"
                 )
+        if reads_older and reads_origin:
+            raise RuntimeError(_AMBIGUOUS)
+        return [not (reads_older and id(x) in self._origins) for x in self.tensors]
 
     def _parameters(self) -> list[Tensor]:
         return [] if self._owner is None else [x for x in self._owner.parameters() if x.requires_grad]
@@ -89,20 +114,6 @@ class Closure:
         cache: Any = getattr(parametrize, "_cache", {})
         for holder in (*(vars(m) for m in (self._owner.modules() if self._owner else ())), cache):
             yield from (x for x in holder.values() if isinstance(x, Tensor) and x.grad_fn is not None)
-
-    def _without_ancestors(
-        self, leaves: dict[int, Tensor], older: dict[Edge, Tensor], outs: Sequence[Tensor], mark: int
-    ) -> dict[int, Tensor]:
-        """Drop the parameters that only computed one of `older`: autograd itself goes on from there."""
-        used = {id(getattr(node, "variable", None)) for node, _ in _ends(outs, mark, frozenset())}
-        above = [end for x in older.values() for end in _all_above(x)]
-        origins = {id(getattr(node, "variable", None)) for node, _ in above}
-        if any(id(x) in origins and id(x) in used for x in leaves.values()) or any(edge in older for edge in above):
-            raise RuntimeError(
-                "chunk_batches cannot tell apart the gradients of a tensor and of another that was computed from it: "
-                f"{_INSTEAD}"
-            )
-        return {key: x for key, x in leaves.items() if key not in origins}
 
 
 def mark() -> int:

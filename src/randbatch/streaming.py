@@ -133,7 +133,7 @@ class Gradients:
     def __init__(self, tensors: Sequence[Tensor], parameters: Sequence[Tensor], needed: Sequence[bool]) -> None:
         self._tensors = tensors
         self._of_tokens = needed[: len(tensors)]
-        self._parameters = [x for x, need in zip(parameters, needed[len(tensors) :], strict=True) if need]
+        self._parameters = parameters
         self._needed = needed
         everything = [*tensors, *parameters]
         # a parameter's gradient has as many terms as there are pieces: it is added up in at least fp32
@@ -151,20 +151,25 @@ class Gradients:
         return [x.requires_grad_() if need else x for x, need in zip(taken, self._of_tokens, strict=True)]
 
     def add(
-        self, rows: Int[Tensor, " n"], inputs: Sequence[Tensor], outputs: Sequence[Tensor], grads: Sequence[Tensor]
+        self,
+        rows: Int[Tensor, " n"],
+        inputs: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        used: Sequence[bool],
     ) -> None:
-        """Pull `grads` back from `outputs` to the tokens `rows`, which were `inputs`, and to the parameters."""
+        """Pull `grads` back from `outputs` to the tokens `rows`, which were `inputs`, and to the parameters `used`."""
         known = [(x, g) for x, g in zip(outputs, grads, strict=True) if x.requires_grad]
         if not known:
             return
-        wanted = [x for x, need in zip(inputs, self._of_tokens, strict=True) if need]
-        found = iter(
-            torch.autograd.grad(
-                [x for x, _ in known], [*wanted, *self._parameters], [g for _, g in known], allow_unused=True
-            )
+        everything = [*inputs, *self._parameters]
+        counts = [True] * len(inputs) + list(used)
+        wanted = [i for i, total in enumerate(self._totals) if total is not None and counts[i]]
+        found = torch.autograd.grad(
+            [x for x, _ in known], [everything[i] for i in wanted], [g for _, g in known], allow_unused=True
         )
-        for position, total in enumerate(self._totals):
-            more = None if total is None else next(found)
+        for position, more in zip(wanted, found, strict=True):
+            total = self._totals[position]
             if total is None or more is None:
                 continue
             if position < len(self._tensors):
@@ -195,6 +200,7 @@ class _Pieces:
         wanted = torch.is_grad_enabled()
         out: Tensor | None = None
         with self.replay.first():
+            self.closure.prepare()
             for rows, piece in self.part.chunks(self.chunk_batches):
                 with torch.set_grad_enabled(wanted and out is None):
                     own = [take_rows(x.detach(), rows).requires_grad_(x.requires_grad) for x in tensors]
@@ -205,7 +211,7 @@ class _Pieces:
                         self.closure.find([more], own, since)
                     out = more.new_empty(self.part.num_tokens, *more.shape[1:])
                 with torch.no_grad():
-                    put_rows(out, rows, more.detach())
+                    put_rows(out, rows, more.detach().to(out.dtype))  # a module may depend on the mode of autograd
         assert out is not None  # there is at least one batch
         return out
 
@@ -230,8 +236,8 @@ class _Stream(torch.autograd.Function):
                 with torch.enable_grad():
                     inputs = totals.rows(rows)
                     out = job.function(piece, *inputs)
-                job.closure.check([out], inputs)
-                totals.add(rows, inputs, [out], [take_rows(grads[0], rows)])
+                used = job.closure.used([out], inputs)
+                totals.add(rows, inputs, [out], [take_rows(grads[0], rows)], used)
         return None, *totals.all()
 
 

@@ -163,6 +163,7 @@ def _find_closure(job: _Job) -> None:
     rows = next(job.slices())
     own = [take_rows(x.detach(), rows).requires_grad_(x.requires_grad) for x in job.pipeline.tensors]
     with job.replay.again():  # it draws no random number that counts
+        job.closure.prepare()
         since = mark()
         job.closure.find(list(job.pipeline.project(*own)), own, since)
 
@@ -186,13 +187,14 @@ class _AttendInPieces(torch.autograd.Function):
         with job.replay.again():
             for rows, piece in job.pieces():
                 inputs, projected = _project(totals, job, rows)
-                job.closure.check(projected, inputs)
+                used = job.closure.used(projected, inputs)
                 merged = [take_rows(x, rows) for x in (grads[0], out, lse - weight)]
-                totals.add(rows, inputs, *_pull_back(job, piece, projected, *merged))
+                totals.add(rows, inputs, *_pull_back(job, piece, projected, *merged), used)
             for rows in job.slices():
                 inputs, projected = _project(totals, job, rows)
                 merged = [take_rows(x, rows) for x in (grads[0], out, lse)]
-                totals.add(rows, inputs, projected, _pull_back_own(job, projected, *merged))
+                used = job.closure.used(projected, inputs)
+                totals.add(rows, inputs, projected, _pull_back_own(job, projected, *merged), used)
         return None, *totals.all()
 
 
