@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["as_autocast", "has_no_numbers"]
+from randbatch._autograd import is_traced
+from randbatch._errors import InvalidType
+
+__all__ = ["as_autocast", "check_tensor", "has_no_numbers"]
 
 
 def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -25,3 +28,19 @@ def has_no_numbers(x: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     return x.is_meta or (type(x) is not Tensor and type(x).__name__ == "FakeTensor")
+
+
+def check_tensor(name: str, x: object) -> None:
+    """Check that `x` is a tensor, and that nothing traces what cannot be traced.
+
+    Raises:
+        TypeError: it is not; `torch.fx.symbolic_trace` passes stand-ins.
+        NotImplementedError: inside `torch.jit.trace`.
+    """
+    if not isinstance(x, Tensor):
+        advice = "; torch.fx cannot trace random batches, use torch.export" if type(x).__name__ == "Proxy" else ""
+        raise InvalidType(f"{name} must be a tensor, got {type(x).__name__}{advice}")
+    if is_traced():
+        raise NotImplementedError(
+            "torch.jit.trace would keep one partition for ever; use torch.compile or torch.export"
+        )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from randbatch._autograd import is_batched, is_transformed
+from randbatch._numerics import has_no_numbers
 from randbatch._shapes import Int
 
 __all__ = ["draw_seed", "fold_seed", "hash_positions", "random_keys"]
@@ -45,6 +46,8 @@ def draw_seed() -> int:
     generator would not be replayed, and gradients would be silently wrong.
     """
     drawn = torch.randint(0, 2**63 - 1, (), device="cpu")
+    if has_no_numbers(drawn):
+        return 0  # under a mode of fake tensors
     if is_transformed() and is_batched(drawn):
         raise NotImplementedError(
             "torch.func.vmap cannot draw other random batches for each sample: say randomness='same', which draws once "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from randbatch._autograd import is_traced, refuse_transforms
+from randbatch._autograd import refuse_transforms
 from randbatch._checks import (
     check_batch_vector,
     check_choice,
@@ -18,7 +18,7 @@ from randbatch._checks import (
     check_probability,
     check_qkv,
 )
-from randbatch._numerics import as_autocast, has_no_numbers
+from randbatch._numerics import as_autocast, check_tensor, has_no_numbers
 from randbatch._shapes import Float, Int
 from randbatch.estimators import pick_estimator
 from randbatch.estimators.in_pieces import Pipeline, estimate_in_pieces
@@ -104,8 +104,7 @@ def random_batch_attention(
         >>> torch.allclose(random_batch_attention(q, k, v, batch_size=1000), exact, atol=1e-5)
         True
     """
-    if is_traced():
-        raise NotImplementedError("torch.jit.trace would keep one partition for ever; use torch.compile or export")
+    check_tensor("query", query)
     query, key, value = as_autocast(query, key, value)
     check_qkv(query, key, value)
     _warn_of_axes(query)
@@ -223,6 +222,7 @@ def full_attention(
         >>> torch.allclose(full_attention(q, k, v, batch=graphs)[2:5], full_attention(q[2:5], k[2:5], v[2:5]))
         True
     """
+    check_tensor("query", query)
     query, key, value = as_autocast(query, key, value)
     check_qkv(query, key, value)
     num_tokens = query.shape[0]
@@ -231,6 +231,8 @@ def full_attention(
         check_integer("chunk_size", chunk_size, 1)
     if num_tokens == 0:
         return value.clone()
+    if has_no_numbers(query):
+        return value + 0.0 * (query.sum() + key.sum())
     problem = Problem.of(query, value, scale)
     if problem.transformed:
         if chunk_size is not None:

@@ -23,8 +23,9 @@ from randbatch.sets import shuffle_sets
 __all__ = ["UNTRACEABLE", "traced_partition"]
 
 UNTRACEABLE = (
-    "torch.compile cannot trace random batches of several sets here: how many batches there are of each size is known "
-    "only when they are drawn. Leave out batch and mask, or compile without fullgraph=True"
+    "torch.compile cannot trace random batches of several sets here, and meta and fake tensors have none: how many "
+    "batches there are of each size is known only when they are drawn. Leave out batch and mask, or compile without "
+    "fullgraph=True"
 )
 
 _INT64 = 2**63

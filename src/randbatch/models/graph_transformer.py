@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from randbatch._autograd import is_transformed
 from randbatch._checks import check_batch_vector, check_choice, check_integer, check_probability
+from randbatch._numerics import check_tensor, has_no_numbers
 from randbatch._shapes import Float, Int
 from randbatch.models.local import make_convolution, pass_messages, prepare_edges
 from randbatch.nn import RandomBatchAttention
@@ -210,6 +211,7 @@ class GraphTransformer(nn.Module):
             TypeError: a wrong dtype.
             ValueError: a wrong shape, an edge to a node that is not there.
         """
+        check_tensor("x", x)
         if x.dim() != 2 or x.shape[1] != self.embed.in_features:
             raise ValueError(f"x must have shape [N, {self.embed.in_features}], got {list(x.shape)}")
         check_batch_vector(batch, x.shape[0], x.device)
@@ -240,6 +242,10 @@ def _mean_over_graphs(
 
 def _count_graphs(batch: Int[Tensor, " n"], num_graphs: int | None) -> int:
     """G, checked: there is a row for each of 0 … G−1, so numbers must not be ids of any size."""
+    if has_no_numbers(batch):
+        if num_graphs is None:
+            raise ValueError("num_graphs must be given where batch is a meta or fake tensor")
+        return num_graphs
     largest = int(batch.max()) if len(batch) else -1
     if num_graphs is None and largest >= max(len(batch), 1):
         raise ValueError(

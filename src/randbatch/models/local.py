@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from randbatch._autograd import pull_back, refuse_second_derivative, refuse_transforms
 from randbatch._checks import check_choice
+from randbatch._numerics import has_no_numbers
 from randbatch._optional import require
 from randbatch._shapes import Float, Int
 
@@ -96,7 +97,7 @@ def check_edges(edge_index: Tensor, num_nodes: int) -> None:
         raise TypeError(f"edge_index must be int64, got {edge_index.dtype}")
     if edge_index.dim() != 2 or edge_index.shape[0] != 2:
         raise ValueError(f"edge_index must have shape [2, E], got {list(edge_index.shape)}")
-    if edge_index.numel() and not torch.compiler.is_compiling():
+    if edge_index.numel() and not (torch.compiler.is_compiling() or has_no_numbers(edge_index)):
         low, high = (int(end) for end in torch.aminmax(edge_index))
         if low < 0 or high >= num_nodes:
             raise ValueError(f"edge_index must hold nodes 0 to {num_nodes - 1}, got {low if low < 0 else high}")
@@ -126,6 +127,8 @@ def prepare_edges(
 def _prepare(name: str, edge_index: Tensor, num_nodes: int, dtype: torch.dtype, sparse: bool) -> tuple[Tensor, ...]:
     if name == "off":
         return (edge_index,)
+    if has_no_numbers(edge_index):
+        return (edge_index, edge_index.new_ones(edge_index.shape[1], dtype=dtype)) if name == "gcn" else (edge_index,)
     edge_index = require("torch_geometric.utils").coalesce(edge_index, num_nodes=num_nodes)
     if name == "gat":
         return (edge_index,)

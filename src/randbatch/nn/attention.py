@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from randbatch._autograd import is_traced, is_transformed
+from randbatch._autograd import is_transformed
 from randbatch._checks import check_choice, check_integer, check_probability
-from randbatch._numerics import has_no_numbers
+from randbatch._numerics import check_tensor, has_no_numbers
 from randbatch._shapes import Bool, Float, Int
 from randbatch.estimators import pick_estimator
 from randbatch.estimators.in_pieces import Pipeline, estimate_in_pieces
@@ -172,10 +172,7 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
     def _check(
         self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, attn_mask: Tensor | None, is_causal: bool
     ) -> None:
-        if not isinstance(query, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"query must be a tensor, got {type(query).__name__}; torch.fx cannot trace random batches")
-        if is_traced():
-            raise NotImplementedError("torch.jit.trace would keep one partition for ever; use torch.compile or export")
+        check_tensor("query", query)
         if query.is_nested:
             raise TypeError(
                 "query must not be a nested tensor: set `use_nested_tensor = False` on the TransformerEncoder, or "

@@ -20,7 +20,7 @@ from randbatch._checks import (
     check_positive,
     check_qkv,
 )
-from randbatch._numerics import as_autocast
+from randbatch._numerics import as_autocast, check_tensor, has_no_numbers
 from randbatch._shapes import Bool, Int, Shaped
 from randbatch.estimators import ESTIMATORS
 from randbatch.estimators.in_pieces import check_streams
@@ -30,9 +30,10 @@ from randbatch.kernels import BACKENDS
 from randbatch.nn._sets import PaddedSets
 from randbatch.nn.calls import Calls, notice_shared_seed
 from randbatch.orthogonal import Rounds, draw_rounds
-from randbatch.partition import Partition, fold_seed, random_partition
+from randbatch.partition import Partition, balanced_groups, fold_seed, random_partition
 from randbatch.streaming import ChunkBatches, stream
 from randbatch.tolerance import RoundsChoice, choose_rounds
+from randbatch.tracing import UNTRACEABLE
 
 __all__ = ["Sampling", "apply_in_batches", "attend_in_batches", "sampling_of"]
 
@@ -170,6 +171,7 @@ def attend_in_batches(
     Query, key and value are flat tokens `[N, H, D]` with `batch`, or padded sets `[B, N, H, D]` with `mask`
     (True = token); rows without a token come back as zeros.
     """
+    check_tensor("query", query)
     if query.dim() == 4:
         if batch is not None:
             raise ValueError("batch is for flat tokens [N, H, D]; padded sets [B, N, H, D] take mask")
@@ -216,6 +218,7 @@ def apply_in_batches(
     `[B, N, C]` with `mask` (True = token); rows without a token come back as zeros. `owner` is the
     module that the function belongs to.
     """
+    check_tensor("x", x)
     if x.dim() == 3:
         if batch is not None:
             raise ValueError("batch is for flat tokens [N, C]; padded sets [B, N, C] take mask")
@@ -241,6 +244,8 @@ def apply_in_batches(
 
         return stream(of_piece, part, [x], chunk, owner)
 
+    if has_no_numbers(x):
+        return _apply(function, x, _any_partition(x, sampling.batch_size, batch))
     rounds = sampling.draw(x.shape[0], training, batch=batch, device=x.device, x=x)
     if isinstance(rounds, Partition):
         return apply(rounds)
@@ -256,6 +261,14 @@ def apply_in_batches(
     for part in parts:
         total = total + apply(part)
     return total / rounds.rounds
+
+
+def _any_partition(x: Tensor, batch_size: int, batch: Tensor | None) -> Partition:
+    """Batches of the right sizes of tokens without numbers, in any order."""
+    if batch is not None:
+        raise NotImplementedError(UNTRACEABLE)
+    groups = balanced_groups(x.shape[0], min(batch_size, max(x.shape[0], 1)))
+    return Partition(torch.arange(x.shape[0], device=x.device), groups, in_order=True, is_checked=True)
 
 
 def _apply(function: Callable[[Tensor], Tensor], x: Tensor, part: Partition) -> Tensor:
