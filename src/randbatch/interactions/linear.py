@@ -37,39 +37,37 @@ def _attend(
     """Output and log of the denominator of one rectangle of batches."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):  # autocast would round the sums over the batch
-        query_log, query_rest = _split(query.to(dtype))
-        key_log, key_rest = _split(key.to(dtype))
-        # what is taken out is no part of the result, and needs no gradient
-        key_top, rest_top = (x.detach().amax(dim=1, keepdim=True) for x in (key_log, key_rest))  # [M, 1, H, D]
-        key_map = (key_log - key_top).exp() * (key_rest / rest_top)
-        query_log, query_shift = _shift(query_log)
-        key_top, key_shift = _shift(key_top)
-        query_log, shift = _shift(query_log + key_top)
-        query_rest, query_factor = _divide(query_rest)
-        rest_top, key_factor = _divide(rest_top)
-        query_map = query_log.exp() * query_rest * rest_top
-        summary = torch.einsum("mphd,mphe->mhde", key_map, value.to(dtype))
-        norm = torch.einsum("mphd,mhd->mph", query_map, key_map.sum(dim=1))
+        query, key = query.to(dtype), key.to(dtype)
+        query_map, query_shift, query_factor = _scale(query, dim=3)
+        key_map, key_top, key_factor = _scale(key, dim=1)  # [M, 1, H, D] both
+        key_shift, most = (x.amax(dim=3, keepdim=True) for x in (key_top, key_factor))
+        logs = query_map + (key_top - key_shift)
+        shift = logs.detach().amax(dim=3, keepdim=True)
+        query_map = (logs - shift).exp() * _rest(query, query_factor)
+        key_map = key_map.exp() * _rest(key, key_factor)
+        key_factor = (key_factor / most).squeeze(1)
+        summary = torch.einsum("mphd,mphe->mhde", key_map, value.to(dtype)) * key_factor.unsqueeze(-1)
+        norm = torch.einsum("mphd,mhd->mph", query_map, key_map.sum(dim=1) * key_factor)
         out = torch.einsum("mphd,mhde->mphe", query_map, summary) / norm.unsqueeze(-1)
-        log_norm = norm.log() + shift + (query_shift + query_factor.log()) + (key_shift + key_factor.log())
-        return out.to(value.dtype), log_norm
+        taken_out = shift + (query_shift + query_factor.log()) + (key_shift + most.log())
+        return out.to(value.dtype), norm.log() + taken_out.squeeze(3)
 
 
-def _split(x: Float[Tensor, "*n d"]) -> tuple[Float[Tensor, "*n d"], Float[Tensor, "*n d"]]:
-    """(a, b) of φ(x) = e^a b: (x, 1) for x <= 0, (0, 1 + x) above; the gradient at 0 is 1."""
-    return x.clamp(max=0.0), F.relu(x) + 1
+# φ(x) = e^min(x, 0) (1 + max(x, 0)); the slope at 0 is 1. What is taken out of either factor is no part of the result,
+# and needs no gradient.
 
 
-def _shift(logs: Float[Tensor, "*n d"]) -> tuple[Float[Tensor, "*n d"], Float[Tensor, "*n"]]:
-    """The logarithms less the largest of all dimensions, and that."""
-    top = logs.detach().amax(dim=-1, keepdim=True)
-    return logs - top, top.squeeze(-1)
+def _scale(x: Float[Tensor, "*n d"], dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`min(x, 0)` less the largest along `dim`, that, and the largest `1 + max(x, 0)`."""
+    top = x.detach().amax(dim=dim, keepdim=True)
+    largest = top.clamp(max=0.0)
+    return x.clamp(max=0.0) - largest, largest, F.relu(top) + 1
 
 
-def _divide(factors: Float[Tensor, "*n d"]) -> tuple[Float[Tensor, "*n d"], Float[Tensor, "*n"]]:
-    """The factors over the largest of all dimensions, and that."""
-    top = factors.detach().amax(dim=-1, keepdim=True)
-    return factors / top, top.squeeze(-1)
+def _rest(x: Float[Tensor, "*n d"], factor: Tensor) -> Float[Tensor, "*n d"]:
+    """`(1 + max(x, 0)) / factor`."""
+    share = 1 / factor
+    return torch.addcmul(share, F.relu(x), share)
 
 
 def count_once(
@@ -88,11 +86,14 @@ def count_once(
 def log_own_weight(query: Float[Tensor, "n h d"], key: Float[Tensor, "n h d"]) -> Float[Tensor, "n h"]:
     """`log φ(q_i)ᵀ φ(k_i)`, of the weight of a token on itself, in at least fp32."""
     dtype = torch.promote_types(query.dtype, torch.float32)
-    (query_log, query_rest), (key_log, key_rest) = (_split(x.to(dtype)) for x in (query, key))
-    logs, shift = _shift(query_log + key_log)
-    query_rest, query_factor = _divide(query_rest)
-    key_rest, key_factor = _divide(key_rest)
-    return (logs.exp() * query_rest * key_rest).sum(dim=-1).log() + shift + query_factor.log() + key_factor.log()
+    (query_log, query_shift, query_factor), (key_log, key_shift, key_factor) = (
+        _scale(x.to(dtype), dim=2) for x in (query, key)
+    )
+    logs = query_log + key_log
+    shift = logs.detach().amax(dim=2, keepdim=True)
+    weights = (logs - shift).exp() * _rest(query.to(dtype), query_factor) * _rest(key.to(dtype), key_factor)
+    taken_out = shift + (query_shift + query_factor.log()) + (key_shift + key_factor.log())
+    return weights.sum(dim=2).log() + taken_out.squeeze(2)
 
 
 def own_weight(query: Float[Tensor, "n h d"], key: Float[Tensor, "n h d"]) -> Float[Tensor, "n h"]:
