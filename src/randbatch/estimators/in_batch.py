@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from randbatch._shapes import Float
-from randbatch.estimators.met import attend_to_met
+from randbatch.estimators.met import attend_to_met, merge
 from randbatch.interactions import Options, pick_interaction
-from randbatch.interactions.linear import own_weight
+from randbatch.interactions.linear import count_once
 from randbatch.orthogonal import OrthogonalRounds, Rounds
 from randbatch.partition import Partition
 
@@ -71,15 +71,16 @@ def _in_batches(
 def _linear_rounds(query: Tensor, key: Tensor, value: Tensor, rounds: OrthogonalRounds, options: Options) -> Tensor:
     """Sums of all rounds; a token is in each of them, and counts once."""
     options = Options(options.scale, options.dropout_p, options.backend, need_log_norm=True)
-    total = norm = None
+    out = log_norm = None
     extra = -1
     for part in rounds:
-        out, log_norm = _in_batches(query, key, value, part, "linear", options)
-        assert log_norm is not None
-        weight = log_norm.exp().unsqueeze(-1)
-        total, norm = (out * weight, weight) if total is None or norm is None else (total + out * weight, norm + weight)
+        more, more_log_norm = _in_batches(query, key, value, part, "linear", options)
+        assert more_log_norm is not None  # it was asked for
+        if out is None or log_norm is None:
+            out, log_norm = more, more_log_norm
+        else:
+            out, log_norm = merge(out, log_norm, more, more_log_norm)
         extra += 1
-    own = own_weight(query, key).unsqueeze(-1) * extra
-    if total is None or norm is None:
+    if out is None or log_norm is None:
         raise ValueError("rounds must hold at least one partition")
-    return ((total - own * value) / (norm - own)).to(value.dtype)
+    return count_once(query, key, value, out, log_norm, extra)

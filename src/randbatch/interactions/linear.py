@@ -96,11 +96,6 @@ def log_own_weight(query: Float[Tensor, "n h d"], key: Float[Tensor, "n h d"]) -
     return weights.sum(dim=2).log() + taken_out.squeeze(2)
 
 
-def own_weight(query: Float[Tensor, "n h d"], key: Float[Tensor, "n h d"]) -> Float[Tensor, "n h"]:
-    """`φ(q_i)ᵀ φ(k_i)`, the weight of a token on itself, in at least fp32."""
-    return log_own_weight(query, key).exp()
-
-
 def _refuse_softmax_options(options: Options) -> None:
     if options.scale is not None:
         raise ValueError(f"scale must be None with interaction 'linear', which has no logits; got {options.scale}")
