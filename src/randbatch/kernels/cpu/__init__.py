@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from randbatch._compiling import constant
 from randbatch.kernels.cpu import ops
 from randbatch.kernels.cpu.rows import put_rows
 from randbatch.kernels.fused import fused
@@ -27,7 +28,7 @@ def why_not(problem: Problem) -> str | None:
     return problem.why_not_of_size(_MAX_SIZE) or _why_not_built(problem.head_size, problem.value_size)
 
 
-@torch.compiler.assume_constant_result  # torch.compile need not understand how a compiler is called
+@constant  # torch.compile need not understand how a compiler is called
 def _why_not_built(head_size: int, value_size: int) -> str | None:
     return ops.why_not_built_for(head_size, value_size)
 

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 
 import torch
 
+from randbatch._compiling import constant
 from randbatch.kernels.fused import fused
 from randbatch.kernels.problem import Problem
 from randbatch.kernels.triton import ops
@@ -33,7 +34,7 @@ def why_not(problem: Problem) -> str | None:
     return problem.why_not_of_size(MAX_SIZE)
 
 
-@torch.compiler.assume_constant_result  # torch.compile need not understand how devices are asked
+@constant  # torch.compile need not understand how devices are asked
 def _why_not_on(device: torch.device) -> str | None:
     if device.type != "cuda":
         if ops.is_interpreted():
