@@ -83,6 +83,45 @@ def test_dropout_does_not_depend_on_where_tokens_stand() -> None:
     assert torch.equal(kept[0][part.order], kept[1])
 
 
+SPOILT = {
+    "nothing": lambda q, k, v, t: None,
+    "a query of nan": lambda q, k, v, t: q[t, 0].fill_(torch.nan),
+    "a nan in a key": lambda q, k, v, t: k[t, 0, 2:3].fill_(torch.nan),
+    "a nan in a value": lambda q, k, v, t: v[t, 0, 1:2].fill_(torch.nan),
+    "an infinite key": lambda q, k, v, t: k[t, 0, 2:3].fill_(torch.inf),
+    "no logit but -inf": lambda q, k, v, t: (q[t, 0].fill_(-torch.inf), k[:, 0].abs_()),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILT)
+@pytest.mark.parametrize("alone", [False, True])
+def test_what_is_not_a_number_stays_where_it_belongs(spoil: str, alone: bool) -> None:
+    """Against the formula, batch by batch: output, log-sum-exp and all gradients; own keys left out or not."""
+    for width in (*range(1, 21), 70, 150):
+        order = torch.randperm(2 * width)
+        part = rb.Partition(order, ((2, width),))
+        inputs = [torch.randn(2 * width, 2, 5) for _ in range(3)]
+        SPOILT[spoil](*inputs, int(order[width // 2]))
+        problem = replace(PROBLEM, head_size=5, value_size=5, exclude_self=alone)
+        weight = torch.linspace(-1, 1, 20 * width).view(2 * width, 2, 5)
+        leaves = [x.requires_grad_() for x in inputs]
+        out, lse = BACKENDS["cpu"].attend(*leaves, part, problem, None)
+        found = [out, lse, *torch.autograd.grad((out * weight).sum(), leaves)]
+        if width == alone:  # a token without keys
+            assert all(x.eq(0).all() for x in (*found[:1], *found[2:])) and found[1].isneginf().all()
+            continue
+        for tokens in order.view(2, width):
+            few = [x.detach()[tokens].requires_grad_() for x in inputs]
+            own = alone & torch.eye(width, dtype=torch.bool)
+            logits = torch.einsum("ihd,jhd->hij", few[0] * problem.scale, few[1]).masked_fill(own, -torch.inf)
+            outs = torch.einsum("hij,jhe->ihe", logits.softmax(-1), few[2])
+            grads = torch.autograd.grad((outs * weight[tokens]).sum(), few)
+            sums = logits.logsumexp(-1).T
+            sums = sums.masked_fill(sums == torch.inf, torch.nan)  # unknown to the kernel, as the outputs are
+            for mine, right in zip(found, (outs, sums, *grads), strict=True):
+                torch.testing.assert_close(mine[tokens], right, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
 THREADS = """
 import torch, randbatch as rb
 torch.manual_seed(0)

@@ -8,9 +8,13 @@
 // Logits are held transposed, [keys, QUERIES]: maxima, sums and log-sum-exps of queries are then plain operations of
 // vectors, and every product below has the same shape, C[r, lanes] += A[r, k] · B[k, lanes], with compile-time strides.
 //
+// What is not a number stays so, where the formula in plain torch has it: nan, logits of +inf, logits of -inf for all
+// keys. A token with no key at all, alone in its batch and left out of its own keys, has output 0, log-sum-exp -inf.
+//
 // Letters: r rows, v vectors of a row, i queries and j keys of the batch, d and e numbers of a head.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -44,7 +48,7 @@ constexpr int KEYS = 128;
 Vec load(const float* x) { return *reinterpret_cast<const Unaligned*>(x); }
 void store(float* x, Vec y) { *reinterpret_cast<Unaligned*>(x) = y; }
 Vec spread(float x) { return x - Vec{}; }
-Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+Vec larger(Vec a, Vec b) { return a > b ? a : b; }  // b if one of them is nan
 
 // exp with an error of about one unit in the last place; 0 below the smallest normal number; nan stays nan.
 // Source: the rational-free form of Cephes' expf (Moshier), x = n ln 2 + r.
@@ -149,10 +153,11 @@ struct Rows {  // a tensor [N, H, size], strides in numbers; those of the last d
 
 struct Batches {
   const int64_t *order, *starts, *widths;  // [N], [M], [M], as in randbatch.Partition
-  const float* shift;                      // [M, H], added to the logit of a token with itself; null is 0
+  const float* shift;  // [M, H], added to the logit of a token with itself; -inf leaves it out; null is 0
   int64_t batches, heads, widest, threads, size_d, size_e;
   uint64_t seed;
-  float scale, dropout_p;
+  double dropout_p;
+  float scale;
 };
 }
 
@@ -172,6 +177,11 @@ class Worker {
 
   void forward(int64_t task, Rows query, Rows key, Rows value, Rows out, float* lse) {
     begin(task, key, value);
+    if (is_lonely()) {
+      std::fill_n(row(out, 0), all_.size_e, 0.f);
+      lse[lse_at(0)] = NONE;
+      return;
+    }
     for (int64_t i = 0; i < width_; i += QUERIES) {
       const int rows = begin_queries(i, query);
       Vec top[QUERIES / LANES], total[QUERIES / LANES];
@@ -190,6 +200,11 @@ class Worker {
   void backward(int64_t task, Rows grad, const float* grad_lse, Rows query, Rows key, Rows value, Rows out,
                 const float* lse, Rows to_query, Rows to_key, Rows to_value) {
     begin(task, key, value);
+    if (is_lonely()) {
+      for (Rows to : {to_query, to_key}) std::fill_n(row(to, 0), all_.size_d, 0.f);
+      std::fill_n(row(to_value, 0), all_.size_e, 0.f);
+      return;
+    }
     for (int64_t i = 0; i < width_; i += QUERIES) {
       const int rows = begin_queries(i, query);
       begin_gradients(i, rows, grad, grad_lse, out, lse);
@@ -197,7 +212,7 @@ class Worker {
         const int keys = std::min<int64_t>(KEYS, width_ - j);
         find_logits(i, j, rows, keys);
         multiply<QUERIES, E, 1, QUERIES, QUERIES>(&v_[j * E], &gt_[0], &ds_[0], keys, all_.size_e, false);
-        find_slopes(i, j, keys);
+        find_slopes(i, j, rows, keys);
         multiply<E, QUERIES, 1, E, E>(&s_[0], &g_[0], &dv_[j * E], keys, rows, i > 0);
         multiply<D, QUERIES, 1, D, D>(&ds_[0], &q_[0], &dk_[j * D], keys, rows, i > 0);
         multiply<D, 1, QUERIES, D, D>(&ds_[0], &k_[j * D], &dq_[0], rows, keys, j > 0);
@@ -216,6 +231,8 @@ class Worker {
   size_t logits() const { return std::min<int64_t>(KEYS, all_.widest) * QUERIES; }
   int64_t token(int64_t i) const { return all_.order[start_ + i]; }
   float* row(Rows x, int64_t i) const { return x.data + token(i) * x.row + head_ * x.head; }
+  int64_t lse_at(int64_t i) const { return token(i) * all_.heads + head_; }
+  bool is_lonely() const { return width_ == 1 && own_ == NONE; }
 
   void begin(int64_t task, Rows key, Rows value) {
     const int64_t batch = task / all_.heads;
@@ -239,11 +256,11 @@ class Worker {
     for (int r = 0; r < rows; ++r) {
       copy<E>(row(grad, i + r), &g_[r * E], all_.size_e, 1.f);
       const float *g = &g_[r * E], *y = row(out, i + r);
-      const int64_t at = token(i + r) * all_.heads + head_;
+      const int64_t at = lse_at(i + r);
       float sum = grad_lse ? -grad_lse[at] : 0.f;
       for (int e = 0; e < all_.size_e; ++e) sum += g[e] * y[e];
       delta_[r] = sum;
-      norm_[r] = lse[at] == NONE ? -NONE : lse[at];  // a token without keys: weights 0
+      norm_[r] = lse[at];
     }
     transpose<E>(g_, gt_, rows);
   }
@@ -257,15 +274,19 @@ class Worker {
   void find_logits(int64_t i, int64_t j, int rows, int keys) {
     multiply<QUERIES, D, 1, QUERIES, QUERIES>(&k_[j * D], &qt_[0], &s_[0], keys, all_.size_d, false);
     if (own_ == 0.f) return;
-    for (int64_t own = std::max(i, j); own < std::min(i + rows, j + keys); ++own)
-      s_[(own - j) * QUERIES + own - i] += own_;
+    each_own(i, j, rows, keys, [&](size_t at) { s_[at] = own_ == NONE ? NONE : s_[at] + own_; });
+  }
+
+  // Where in a block of logits tokens meet themselves.
+  template <class Visit> static void each_own(int64_t i, int64_t j, int rows, int keys, Visit visit) {
+    for (int64_t own = std::max(i, j); own < std::min(i + rows, j + keys); ++own) visit((own - j) * QUERIES + own - i);
   }
 
   // What dropout multiplies weights of key j with.
   Vec kept(int v, uint32_t key) const {
     const Bits bits = mixed<Bits>(*reinterpret_cast<const Bits*>(&row_bits_[v * LANES]) ^ key);
-    const uint32_t limit = uint32_t(std::min(4294967295.0, double(all_.dropout_p) * 4294967296.0));
-    return bits >= limit ? spread(1.f / (1.f - all_.dropout_p)) : Vec{};
+    const uint32_t limit = uint32_t(std::min(4294967295.0, all_.dropout_p * 4294967296.0));
+    return bits >= limit ? spread(float(1 / (1 - all_.dropout_p))) : Vec{};
   }
   void begin_dropout(int64_t i) {
     for (int r = 0; r < QUERIES; ++r) row_bits_[r] = key_of(start_ + i + r, uint32_t(all_.seed));
@@ -283,7 +304,7 @@ class Worker {
     for (int v = 0; v < QUERIES / LANES; ++v) {
       Vec now = top[v];
       for (int c = 0; c < keys; ++c) now = larger(now, load(&s_[c * QUERIES + v * LANES]));
-      base[v] = now == NONE ? Vec{} : now;  // no key yet: weights 0, not nan
+      base[v] = now == NONE ? Vec{} : now;  // weights 0, not nan: a finite logit may follow
       const Vec down = exponential(top[v] - base[v]);
       store(decay + v * LANES, down);
       total[v] *= down, top[v] = now;
@@ -306,14 +327,14 @@ class Worker {
     alignas(64) float tops[QUERIES], totals[QUERIES];
     for (int v = 0; v < QUERIES / LANES; ++v) store(tops + v * LANES, top[v]), store(totals + v * LANES, total[v]);
     for (int r = 0; r < rows; ++r) {
-      const float sum = totals[r] == 0.f ? 1.f : totals[r];  // a token without keys: output 0, log-sum-exp -inf
+      const float sum = totals[r];
       copy<E>(&o_[r * E], row(out, i + r), all_.size_e, 1.f / sum);
-      lse[token(i + r) * all_.heads + head_] = tops[r] + std::log(sum);
+      lse[lse_at(i + r)] = tops[r] + std::log(sum);
     }
   }
 
   // Logits and the gradients of weights to weights after dropout, and ds = p (dp - delta).
-  void find_slopes(int64_t i, int64_t j, int keys) {
+  void find_slopes(int64_t i, int64_t j, int rows, int keys) {
     if (all_.dropout_p > 0) begin_dropout(i);
     for (int c = 0; c < keys; ++c) {
       const uint32_t column = all_.dropout_p > 0 ? column_bits(j + c) : 0;
@@ -329,6 +350,7 @@ class Worker {
         store(ds, weight * (slope - load(&delta_[v * LANES])));
       }
     }
+    if (own_ == NONE) each_own(i, j, rows, keys, [&](size_t at) { ds_[at] = 0.f; });  // also where others are nan
   }
 
   const Batches& all_;
@@ -340,31 +362,39 @@ class Worker {
 };
 
 // Every task once. Where there are enough, the heads of a batch go to one thread, which has their rows in its cache.
-template <class Work> void run(const Batches& all, bool backward, Work work) {
+// 0, or 1 if there was not enough memory: what is written is then without meaning.
+template <class Work> int run(const Batches& all, bool backward, Work work) {
   const int64_t tasks = all.batches * all.heads, together = all.batches < 2 * all.threads ? 1 : all.heads;
+  std::atomic<bool> failed{false};
   // Always as many threads as torch has: a team of another size would be made anew (pytorch/pytorch#32008).
 #pragma omp parallel num_threads(all.threads) if (tasks > 1)
   {
     std::optional<Worker> worker;  // of a thread that has something to do
 #pragma omp for schedule(dynamic, together)
     for (int64_t task = 0; task < tasks; ++task) {
-      if (!worker) worker.emplace(all, backward);
-      work(*worker, task);
+      if (failed) continue;
+      try {
+        if (!worker) worker.emplace(all, backward);
+        work(*worker, task);
+      } catch (...) {  // std::bad_alloc, std::length_error; an exception that left the region would end the process
+        failed = true;
+      }
     }
   }
+  return failed;
 }
 
 }  // namespace
 
 extern "C" {
 
-void attend_forward(const Batches* all, Rows query, Rows key, Rows value, Rows out, float* lse) {
-  run(*all, false, [&](Worker& worker, int64_t task) { worker.forward(task, query, key, value, out, lse); });
+int attend_forward(const Batches* all, Rows query, Rows key, Rows value, Rows out, float* lse) {
+  return run(*all, false, [&](Worker& worker, int64_t task) { worker.forward(task, query, key, value, out, lse); });
 }
 
-void attend_backward(const Batches* all, Rows grad, const float* grad_lse, Rows query, Rows key, Rows value, Rows out,
+int attend_backward(const Batches* all, Rows grad, const float* grad_lse, Rows query, Rows key, Rows value, Rows out,
                      const float* lse, Rows to_query, Rows to_key, Rows to_value) {
-  run(*all, true, [&](Worker& worker, int64_t task) {
+  return run(*all, true, [&](Worker& worker, int64_t task) {
     worker.backward(task, grad, grad_lse, query, key, value, out, lse, to_query, to_key, to_value);
   });
 }

@@ -40,8 +40,8 @@ class _Batches(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("order", "starts", "widths", "shift")),
         *((name, ctypes.c_int64) for name in ("batches", "heads", "widest", "threads", "size_d", "size_e")),
         ("seed", ctypes.c_uint64),
+        ("dropout_p", ctypes.c_double),
         ("scale", ctypes.c_float),
-        ("dropout_p", ctypes.c_float),
     )
 
 
@@ -69,8 +69,8 @@ def _call(name: str, batches: Batches, query: Tensor, value: Tensor, *args: ctyp
         query.shape[2],
         value.shape[2],
         0 if batches.seed is None else int(batches.seed),
-        batches.scale,
         batches.dropout_p,
+        batches.scale,
     )
     getattr(library("attention", *_sizes(query.shape[2], value.shape[2])), name)(ctypes.byref(told), *args)
 
