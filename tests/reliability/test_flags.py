@@ -37,10 +37,7 @@ TAKEN: dict[tuple[str, str], tuple[str, ...]] = {
     ("train", "attention_dropout"): ("0", "-1e-400"),
     ("train", "split"): ("0",),
     ("train", "seed"): ("0", "-1"),
-    ("analyze", "batch_size"): (BEYOND,),  # more than there is of: all of it
-    ("analyze", "num_queries"): (BEYOND,),
-    ("analyze", "max_rounds"): (BEYOND,),
-    ("analyze", "seed"): ("0", "-1", BEYOND, f"-{BEYOND}"),
+    ("analyze", "seed"): ("0", "-1"),
     ("convergence", "seed"): ("0", "-1"),
     ("simulate", "seed"): ("0", "-1"),
     ("bench", "most_of_full"): ("0",),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from randbatch._checks import check_choice, check_integer, check_positive
+from randbatch._errors import InvalidValue
 from randbatch._optional import require
 from randbatch._shapes import Float, Int
 from randbatch.particles.interaction import Sets
@@ -258,8 +259,8 @@ def _check_finite(x: Float[Tensor, "r n s"], step: int, dt: float) -> None:
     where = f"particle {particle}" + (f" of realisation {realisation}" if len(x) > 1 else "")
     row = x[realisation, particle].tolist()
     if step < 0:
-        raise ValueError(f"x0 must be finite, got {row} for {where}")
+        raise InvalidValue(f"x0 must be finite, got {row} for {where}")
     times = f"t = {step * dt:g} to {(step + 1) * dt:g}"
-    raise ValueError(
+    raise InvalidValue(
         f"the states must stay finite, got {row} for {where} in step {step} ({times}); is dt too large for the force?"
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from randbatch._checks import check_integer
+from randbatch._checks import MOST, check_integer, check_positive, check_seed, check_several
 from randbatch._errors import InvalidValue, MissingFile, UserError
 from randbatch._files import write_json, write_text
 from randbatch._folders import check_names, locked
@@ -17,6 +17,7 @@ from randbatch.train.config import RunConfig
 from randbatch.train.data import load_dataset
 from randbatch.train.folder import RESULT, WEIGHTS, check_same, read_result
 from randbatch.train.loop import Trainer
+from randbatch.train.machine import check_device
 from randbatch.train.sweep import stored_root
 
 __all__ = ["AnalyzeConfig", "analyze_run", "load_run"]
@@ -42,6 +43,17 @@ class AnalyzeConfig:
     """Folder of the data sets. Default: the one of the run, if it lies in `data`."""
     device: str = "auto"
     """`cpu`, `cuda`, …; `auto` takes a GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        """Check every number before the run is read."""
+        check_several("batch_size", self.batch_size)
+        for p in self.batch_size:
+            check_integer("batch_size", p, 2, MOST)
+        for name in ("num_queries", "max_rounds"):
+            check_integer(name, getattr(self, name), 1, MOST)
+        check_positive("tolerance", self.tolerance)
+        check_seed("seed", self.seed)
+        check_device(self.device)
 
 
 def analyze_run(config: AnalyzeConfig, *, say: Callable[[str], None] = print) -> AttentionErrors:

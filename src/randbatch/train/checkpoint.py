@@ -166,7 +166,8 @@ class Checkpoint:
         except RuntimeError as error:
             raise InvalidValue(f"{self.path} is not a whole checkpoint: {error}") from error
         model.load_state_dict(self.model)
-        optimizer.load_state_dict({"state": self.optimizer, "param_groups": optimizer.state_dict()["param_groups"]})
+        state = {number: dict(sorted(of.items())) for number, of in sorted(self.optimizer.items())}
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         device = next(model.parameters()).device
         if device.type == "cuda" and "cuda" in self.rng:
             torch.cuda.set_rng_state(self.rng["cuda"], device)

@@ -206,7 +206,8 @@ def train_here(trainer: Trainer, folder: Path, *, label: str, beside: Sequence[s
     record = _Record(trainer, folder, kept)
     reset_peak_memory(trainer.device)
     epochs = range(state["epoch"] + 1, config.epochs + 1)
-    with require("tqdm").tqdm(epochs, desc=label, initial=state["epoch"], total=config.epochs, unit="epoch") as bar:
+    shown = {"desc": label, "initial": state["epoch"], "total": config.epochs, "unit": "epoch", "disable": None}
+    with require("tqdm").tqdm(epochs, **shown) as bar:
         for epoch in bar:
             try:
                 line = _one_epoch(trainer, epoch, state, folder)

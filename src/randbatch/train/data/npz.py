@@ -7,11 +7,11 @@ import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 
 from randbatch._errors import InvalidValue
 from randbatch._files import open_regular
+from randbatch._optional import require
 from randbatch.train.data.graph import Dataset, Graph, pick_split
 
 __all__ = ["load_npz"]
@@ -37,6 +37,7 @@ def load_npz(path: Path, split: int) -> Dataset:
         InvalidValue: the file is not a whole npz, an array is missing (which one, and the shape it must have), has
             another shape or dtype, or holds what `Dataset` refuses.
     """
+    np = require("numpy")
     with open_regular(path, links=True) as file:
         arrays = _read_arrays(path, file)
     num_nodes = arrays["node_features"].shape[0] if arrays["node_features"].ndim else 0
@@ -72,6 +73,7 @@ def _read_arrays(path: Path, file: BinaryIO) -> dict[str, Any]:
 
 def _read_array(archive: zipfile.ZipFile, name: str) -> Any:
     """One array, if the file is as long as its header says: memory is not asked for on its word alone."""
+    np = require("numpy")
     with archive.open(f"{name}.npy") as member:
         major, _ = np.lib.format.read_magic(member)
         read_header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
