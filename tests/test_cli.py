@@ -21,7 +21,7 @@ from randbatch.train import machine
 from randbatch.train.machine import peak_memory, pick_device, reset_peak_memory
 from randbatch.train.report import draw_curves
 
-GRAPHS = ["torch_geometric", "safetensors", "torchmetrics", "ogb", "ot", "transformers", "timm"]
+GRAPHS = ["torch_geometric", "safetensors", "ogb", "ot", "transformers", "timm"]
 OPTIONAL = ["numpy", "tyro", "tqdm", "matplotlib", "PIL", *GRAPHS]
 BLOCKER = """
 import os, sys

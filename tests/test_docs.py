@@ -51,7 +51,7 @@ def test_the_core_needs_torch_alone() -> None:
     """Importing randbatch imports no optional package, and a missing one is explained."""
     code = """
 import sys
-names = "torch_geometric tyro tqdm matplotlib safetensors torchmetrics jaxtyping ogb ot transformers timm"
+names = "torch_geometric tyro tqdm matplotlib safetensors jaxtyping ogb ot transformers timm"
 for name in names.split():
     sys.modules[name] = None  # as if it were not installed
 import torch, randbatch as rb

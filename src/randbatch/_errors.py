@@ -1,11 +1,11 @@
 """Errors that a user can fix: the message says all there is to know, and a command prints it without a traceback.
 
-Each is also the built-in error that a caller of the library expects. What is raised otherwise is a fault of the library.
+Each is also the built-in error that a caller of the library expects. What is raised otherwise is a fault of ours.
 """
 
 from __future__ import annotations
 
-__all__ = ["InvalidType", "InvalidValue", "MissingExtra", "MissingFile", "UserError"]
+__all__ = ["Interrupted", "InvalidType", "InvalidValue", "MissingExtra", "MissingFile", "UserError"]
 
 
 class UserError(Exception):
@@ -26,3 +26,11 @@ class MissingFile(UserError, FileNotFoundError):
 
 class MissingExtra(UserError, ImportError):
     """An optional package that is not installed."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A command was interrupted, and can resume: `how` says how."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(how)
+        self.how = how

@@ -18,7 +18,6 @@ _EXTRAS = {
     "ot": "particles",
     "safetensors": "train",
     "torch_geometric": "graph",
-    "torchmetrics": "train",
     "tqdm": "train",
     "transformers": "hf",
     "tyro": "train",

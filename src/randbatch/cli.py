@@ -23,7 +23,7 @@ import torch
 
 import randbatch
 from randbatch._checks import check_choice
-from randbatch._errors import InvalidValue, UserError
+from randbatch._errors import Interrupted, InvalidValue, UserError
 from randbatch._memory import is_out_of_memory
 from randbatch._optional import require
 
@@ -109,10 +109,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = _run([word for word in words if word != _DEBUG])
         sys.stdout.flush()
-    except KeyboardInterrupt as error:
-        how = getattr(error, "how", None)  # of `Interrupted`
-        print(f"\ninterrupted; go on with: {how}" if how else "\ninterrupted before anything was written",
-              file=sys.stderr)  # fmt: skip
+    except Interrupted as error:
+        print(f"\ninterrupted; go on with: {error.how}", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("\ninterrupted before anything was written", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read the output has seen enough
         _drop_output()

@@ -9,10 +9,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from randbatch._errors import InvalidValue
+from randbatch._errors import Interrupted, InvalidValue
 from randbatch._files import json_text, make_folder, parse_json, read_record, write_record
 from randbatch._folders import check_names, check_new, locked, remove_stale, terminate_as_interrupt
-from randbatch.train.sweep import Interrupted
 
 __all__ = ["open_folder"]
 

@@ -40,7 +40,7 @@ __all__ = ["Diverged", "Trainer", "check_rate", "make_model", "train_here", "tra
 _LARGEST_RATE = torch.finfo(torch.float32).max / 10  # the first step of AdamW is ten times the rate, in float32
 
 
-class Diverged(UserError, ArithmeticError):  # noqa: N818, named as the others in `_errors`
+class Diverged(UserError, ArithmeticError):
     """Loss, weights or predictions are not finite any more: there is nothing to score."""
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from randbatch._errors import InvalidValue, MissingFile, UserError
+from randbatch._errors import Interrupted, InvalidValue, MissingFile, UserError
 from randbatch._files import check_replaceable, make_folder, read_record, write_record, write_text
 from randbatch._folders import check_names, check_new, locked, remove_stale, terminate_as_interrupt
 from randbatch._optional import require
@@ -25,18 +25,10 @@ from randbatch.train.loop import Trainer, check_rate, make_model, train_here
 from randbatch.train.machine import pick_device
 from randbatch.train.report import draw_curves, table
 
-__all__ = ["Interrupted", "load_sweep", "stored_root", "train_sweep"]
+__all__ = ["load_sweep", "stored_root", "train_sweep"]
 
 SWEEP, TABLE = "sweep.json", "table.md"
 _OWN_DATA = Path("data")  # where data sets go by default
-
-
-class Interrupted(KeyboardInterrupt):
-    """A command was interrupted, and can go on: `how` says how."""
-
-    def __init__(self, how: str) -> None:
-        super().__init__(how)
-        self.how = how
 
 
 def train_sweep(config: SweepConfig, *, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
