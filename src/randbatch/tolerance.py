@@ -10,17 +10,24 @@ import torch
 from torch import Tensor
 
 from randbatch._checks import check_batch_vector, check_choice, check_integer, check_positive, check_qkv
+from randbatch._errors import InvalidValue
+from randbatch._seeds import fold_seed, random_keys
 from randbatch._shapes import Float, Int
 from randbatch.estimators import ESTIMATORS
+from randbatch.estimators.at_tokens import SetsOf, log_attention_of, rows_of
 from randbatch.estimators.sampled import SampledEstimates
-from randbatch.orthogonal import all_rounds, count_rounds, partitions_of
-from randbatch.partition import fold_seed, random_partition
+from randbatch.orthogonal import all_rounds, count_rounds, draw_rounds, partitions_of
+from randbatch.partition import Partition, random_partition
+from randbatch.sets import largest_set, set_sizes
 
 __all__ = ["RoundsChoice", "choose_rounds", "relative_error_bound", "sample_tokens"]
 
 _SAMPLED = 512
 _SAMPLE = 2**40  # no layer or round has this number: the sample knows nothing of the partitions
 _STANDARD_ERRORS = 3.0  # few tokens may carry most of the error, and the first of many looks that suffices is taken
+_WORTH = 0.5  # of all rounds: where more are needed, exact attention is cheaper
+_SHORT = 0.8  # of what seems to be needed is tried
+_ROUNDING = 2.0  # standard errors of rounding, whose errors are taken for independent
 
 
 @dataclass(frozen=True)
@@ -30,11 +37,13 @@ class RoundsChoice:
     Attributes:
         rounds: R, to be given to `random_batch_attention` with the same `seed`.
         error: what the relative error `‖ŷ − y‖ / ‖y‖` over all tokens and heads is stated to stay below: an upper
-            confidence bound from the sampled tokens. 0 where all pairs have met.
+            confidence bound from the sampled tokens, and what rounding adds to it in the dtype of the input.
+        exact: whether all pairs meet in so many rounds; `full_attention` gives the same at less cost.
     """
 
     rounds: int
     error: float
+    exact: bool = False
 
 
 @torch.no_grad()
@@ -53,10 +62,11 @@ def choose_rounds(
 ) -> RoundsChoice:
     """The fewest rounds R whose relative error `‖ŷ − y‖ / ‖y‖` is, with confidence, at most `tolerance`.
 
-    The attention y of S = 512 sampled tokens is computed exactly, and rounds are added at those tokens alone until
-    `mean ‖ŷ_i − y_i‖² / mean ‖y_i‖²` plus three of its standard errors is at most `tolerance²`: O(S N D) and O(S p D) a
-    round, and O(N log N) to draw it. The error of rounding in low precision is not in it. Where a few tokens in
-    thousands carry the whole error, a sample may miss them. Calibration: docs, "How far off".
+    The attention y of S = 512 sampled tokens is computed exactly, and rounds are added at those tokens alone until the
+    root of `mean ‖ŷ_i − y_i‖² / mean ‖y_i‖²` plus three of its standard errors, and the error of rounding, come to
+    `tolerance`: O(S N D) and O(S p D) a round, and O(N log N) to draw it. Where more than half of all rounds would be
+    needed, as the law of sampling without replacement says after some of them, exact attention is named instead. Where
+    a few tokens in thousands carry the whole error, a sample may miss them. Calibration: docs, "How far off".
 
     Args:
         query: `[N, H, D]`.
@@ -68,12 +78,12 @@ def choose_rounds(
         estimator: `"plain"`, `"debiased"` or `"corrected"`.
         scale: factor of the logits. Default: 1/√D.
         seed: of the rounds; the sample is drawn from it too. Default: 0.
-        max_rounds: stop here and state the error that is left. Default: go on until all pairs have met, which is
-            full attention.
+        max_rounds: stop here and state the error that is left. Default: go on, if need be to full attention.
 
     Raises:
         TypeError: an argument of another type.
-        ValueError: shapes or devices differ, an unknown estimator, a number out of range.
+        ValueError: shapes or devices differ, an unknown estimator, a number out of range, or an exact attention that is
+            not finite.
 
     Example:
         >>> q, k, v = torch.randn(3, 1000, 4, 16, generator=torch.Generator().manual_seed(0)).unbind()
@@ -90,47 +100,176 @@ def choose_rounds(
     check_integer("seed", seed)
     if max_rounds is not None:
         check_integer("max_rounds", max_rounds, 1)
+    if num_tokens == 0:
+        return RoundsChoice(1, 0.0, exact=True)
     one = random_partition(num_tokens, batch_size, batch=batch, seed=seed, device=query.device)
-    if one.is_whole:
-        return RoundsChoice(1, 0.0)
     factor: float = query.shape[-1] ** -0.5 if scale is None else scale
     tokens = sample_tokens(query, _SAMPLED, seed)
-    look = SampledEstimates(query, key, value, tokens, factor, [estimator])
-    exact = look.exact(one)
-    if not bool(exact.isfinite().all()):
-        return RoundsChoice(1, math.nan)  # no number of rounds would mend it
-    look.add(one)
-    error = relative_error_bound(look.outputs()[estimator], exact, num_tokens)
-    rounds, made, every = 1, 0, count_rounds(num_tokens, batch_size, batch)
-    look = SampledEstimates(query, key, value, tokens, factor, [estimator])
-    parts = all_rounds(num_tokens, batch_size, batch, seed, query.device)
+    truth = _Truth.of(query, key, value, tokens, one, factor)
+    if one.is_whole:
+        return RoundsChoice(1, truth.rounding, exact=True)
+    every = count_rounds(num_tokens, batch_size, batch)
+    largest = largest_set(num_tokens, batch)
+    in_full = RoundsChoice(-(-(largest - 1) // (batch_size - 1)), truth.rounding, exact=True)
+    may_be_exact = max_rounds is None or max_rounds >= in_full.rounds
+    if truth.rounding > tolerance and may_be_exact:
+        return in_full
+    look = _Look((query, key, value), tokens, factor, estimator, batch_size, batch, seed)
+    rounds, error = 1, truth.error_of(look.after(1))
     while error > tolerance and rounds != max_rounds:
-        rounds += 1
-        wanted = partitions_of(rounds, num_tokens, batch_size, batch)
-        for part in islice(parts, wanted - made):
-            look.add(part)
-            made += 1
-        if made == every:
-            return RoundsChoice(rounds, 0.0)
-        error = relative_error_bound(look.outputs()[estimator], exact, num_tokens)
+        needed = _rounds_needed(rounds, error, tolerance, in_full.rounds)
+        if may_be_exact and needed > _WORTH * in_full.rounds:
+            return in_full
+        rounds = look.next_of(rounds, needed, max_rounds)
+        if partitions_of(rounds, num_tokens, batch_size, batch) == every:
+            return in_full
+        error = truth.error_of(look.after(rounds))
     return RoundsChoice(rounds, error)
 
 
+class _Look:
+    """What an estimator gives at the sampled tokens after R rounds, for one R after the other."""
+
+    def __init__(
+        self,
+        tensors: tuple[Tensor, Tensor, Tensor],
+        tokens: Int[Tensor, "h s"],
+        scale: float,
+        estimator: str,
+        batch_size: int,
+        batch: Int[Tensor, " n"] | None,
+        seed: int,
+    ) -> None:
+        self._tensors, self._tokens, self._scale, self._estimator = tensors, tokens, scale, estimator
+        self._of = len(tensors[0]), batch_size, batch, seed, tensors[0].device
+        # sets of unlike size have R rounds after unlike numbers of partitions: each R is then looked at afresh
+        self._goes_on = batch is None or set_sizes(batch).unique().numel() == 1
+        self._so_far, self._made = self._begin(), 0
+        self._parts = all_rounds(*self._of)
+
+    def _begin(self) -> SampledEstimates:
+        return SampledEstimates(*self._tensors, self._tokens, self._scale, [self._estimator])
+
+    def next_of(self, rounds: int, needed: float, max_rounds: int | None) -> int:
+        """The R to be looked at next: the next, or short of what seems to be needed where each look is a new one."""
+        following = rounds + 1 if self._goes_on else max(rounds + 1, int(_SHORT * needed))
+        return following if max_rounds is None else min(following, max_rounds)
+
+    def after(self, rounds: int) -> Float[Tensor, "h s e"]:
+        """The output after R rounds, with the partitions that the op takes."""
+        num_tokens, batch_size, batch, seed, device = self._of
+        if not self._goes_on or rounds == 1:
+            parts = draw_rounds(num_tokens, batch_size, rounds, batch=batch, seed=seed, device=device)
+            look = self._begin()
+            for part in [parts] if isinstance(parts, Partition) else parts:
+                look.add(part)
+            return look.outputs()[self._estimator]
+        wanted = partitions_of(rounds, num_tokens, batch_size, batch)
+        for part in islice(self._parts, wanted - self._made):
+            self._so_far.add(part)
+        self._made = wanted
+        return self._so_far.outputs()[self._estimator]
+
+
+def _rounds_needed(rounds: int, error: float, tolerance: float, all_rounds: int) -> float:
+    """R at which the error comes to `tolerance` if it falls as `(1/R − 1/R_all)^½`, which it does for most input."""
+    left = (tolerance / error) ** 2 * (1 / rounds - 1 / all_rounds)
+    return 1 / (left + 1 / all_rounds)
+
+
 def sample_tokens(query: Float[Tensor, "n h d"], number: int, seed: int) -> Int[Tensor, "h s"]:
-    """Some tokens, uniform without repetition, the same for every head; all of them where there are no more."""
+    """Some tokens, uniform without repetition, the same for every head; all of them where there are no more.
+
+    A function of N and the seed alone.
+    """
     num_tokens, heads, _ = query.shape
-    order = random_partition(num_tokens, max(num_tokens, 2), seed=fold_seed(seed, _SAMPLE), device=query.device).order
-    return order[:number].expand(heads, -1)
+    if num_tokens <= number:
+        return torch.arange(num_tokens, device=query.device).expand(heads, -1)
+    keys = random_keys(num_tokens, fold_seed(seed, _SAMPLE), query.device)
+    return keys.argsort(stable=True)[:number].expand(heads, -1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Truth:
+    """Exact attention `[H, S, E]` of the sampled tokens that have one, and what is known of its rounding.
+
+    Attributes:
+        exact: in at least fp32.
+        usable: `[S]`, the tokens at which it is finite.
+        rounding: bound of the relative error of an exact attention that is computed in the dtype of the input.
+        num_tokens: N.
+    """
+
+    exact: Tensor
+    usable: Tensor
+    rounding: float
+    num_tokens: int
+
+    @classmethod
+    def of(
+        cls, query: Tensor, key: Tensor, value: Tensor, tokens: Int[Tensor, "h s"], part: Partition, scale: float
+    ) -> _Truth:
+        exact, squared_weights, spread = _attend_and_spread(query, key, value, tokens, part, scale)
+        usable = (exact.isfinite() & squared_weights.isfinite().unsqueeze(-1)).all(dim=2).all(dim=0)
+        if not bool(usable.any()):
+            raise InvalidValue(
+                "query, key and value must be finite for a tolerance: the exact attention of all "
+                f"{tokens.shape[1]} tokens that were looked at is not"
+            )
+        wide = torch.finfo(exact.dtype).eps
+        low = torch.finfo(query.dtype).eps
+        # a logit errs by its D products, and by what exp makes of its size
+        q = rows_of(query, tokens).to(exact.dtype).norm(dim=-1)
+        k = key.to(exact.dtype).norm(dim=-1).nan_to_num(0.0, 0.0).amax(dim=0).unsqueeze(1)
+        logit = wide * (query.shape[-1] ** 0.5 + 2) * abs(scale) * q * k  # [H, S]
+        per_weight = low**2 * squared_weights + (2 * logit).clamp(max=1.0).square() * spread
+        per_sum = (low**2 + wide**2 * _terms(len(key))) * exact.square().sum(dim=-1)
+        squared = (per_weight + per_sum).double().sum(dim=0)[usable].mean()
+        size = torch.maximum(exact.double().square().sum(dim=(0, 2))[usable].mean(), squared)
+        rounding = _ROUNDING * math.sqrt(float(squared / size)) if float(size) > 0 else 0.0
+        return cls(exact, usable, rounding, len(key))
+
+    def error_of(self, out: Float[Tensor, "h s e"]) -> float:
+        """Upper confidence bound of the relative error over all tokens, rounding included."""
+        return self.rounding + relative_error_bound(out[:, self.usable], self.exact[:, self.usable], self.num_tokens)
+
+
+def _terms(num_tokens: int) -> float:
+    """How many roundings a sum over N tokens goes through, in blocks or in rounds."""
+    return 4 + 2 * math.log2(num_tokens + 1)
+
+
+def _attend_and_spread(
+    query: Tensor, key: Tensor, value: Tensor, tokens: Int[Tensor, "h s"], part: Partition, scale: float
+) -> tuple[Float[Tensor, "h s e"], Float[Tensor, "h s"], Float[Tensor, "h s"]]:
+    """`y_i = Σ_j a_ij v_j`, `Σ_j a_ij² |v_j|²` and `Σ_j a_ij² |v_j − y_i|²` of the chosen tokens, in at least fp32."""
+    values = value.to(torch.promote_types(value.dtype, torch.float32)).transpose(0, 1)  # [H, N, E]
+    values = torch.cat([values, values.square().sum(dim=-1, keepdim=True)], dim=-1)
+    rows: list[tuple[Tensor, Tensor, Tensor]] = []
+    for log_weights in log_attention_of(query, key, tokens, SetsOf(part, tokens), scale):
+        weights = log_weights.exp()
+        y = (weights @ values)[..., :-1]
+        squared = weights.square_()
+        mixed = squared @ values
+        size, of_y = mixed[..., -1], squared.sum(dim=-1) * y.square().sum(dim=-1)
+        rows.append((y, size, (size - 2 * (mixed[..., :-1] * y).sum(dim=-1) + of_y).clamp(min=0)))
+    exact, size, spread = (torch.cat(column, dim=1) for column in zip(*rows, strict=True))
+    return exact, size, spread
 
 
 def relative_error_bound(out: Float[Tensor, "h s e"], exact: Float[Tensor, "h s e"], num_tokens: int) -> float:
-    """Upper confidence bound of `‖ŷ − y‖ / ‖y‖` over all tokens, from a sample of them."""
-    squared_error = (out - exact).double().square().sum(dim=(0, 2))
+    """Upper confidence bound of `‖ŷ − y‖ / ‖y‖` over all tokens, from a sample of them.
+
+    Infinite where ŷ is not finite, or where y is 0 and ŷ is not.
+    """
+    squared_error = (out.double() - exact.double()).square().sum(dim=(0, 2))
     squared = exact.double().square().sum(dim=(0, 2))
-    size = squared.mean().clamp(min=torch.finfo(torch.float64).tiny)
+    if not bool(squared_error.any()):
+        return 0.0
+    size = squared.mean()
     ratio = squared_error.mean() / size
     number = len(squared)
-    if number < num_tokens:
+    if 1 < number < num_tokens:
         spread = (squared_error - ratio * squared).std() / size
         ratio = ratio + _STANDARD_ERRORS * spread * math.sqrt(1 / number - 1 / num_tokens)
-    return math.sqrt(float(ratio))
+    return math.sqrt(float(ratio)) if bool(ratio.isfinite()) else math.inf
