@@ -36,6 +36,23 @@ def test_n_eff_and_entropy_of_even_and_of_peaked_attention() -> None:
     assert found.error["plain"][10] == pytest.approx(0, abs=1e-9), "every token looks at itself only"
 
 
+def test_tokens_without_a_number_say_nothing_of_the_others() -> None:
+    query, key, value = qkv(60)
+    query[3] = math.nan
+    found = attention_error((query, key, value), batch_sizes=(10,)).layers[0]
+    for row in found.heads:
+        assert math.isfinite(row.n_eff) and math.isfinite(row.entropy)
+        assert all(0 < row.error[name][10] < 10 for name in ESTIMATORS)
+    with pytest.raises(ValueError, match="query, key and value must be finite"):
+        attention_error((query * math.nan, key, value), batch_sizes=(10,))
+
+
+def test_ids_of_graphs_may_be_large() -> None:
+    batch = torch.arange(60) // 20 * 10**14
+    found = attention_error(qkv(60), batch=batch, batch_sizes=(8,), estimators=("plain",)).layers[0]
+    assert found.num_tokens == 20
+
+
 def test_n_eff_stays_inside_the_graph() -> None:
     zeros, batch = torch.zeros(60, 1, 4), torch.arange(60) // 20
     found = attention_error((zeros, zeros, torch.randn(60, 1, 4)), batch=batch, batch_sizes=(8,)).layers[0]

@@ -125,6 +125,10 @@ def test_mistakes_are_named() -> None:
         output_error(nn.Linear(8, 8), x)
     with pytest.raises(TypeError, match="model must give a tensor, or one first, got str"):
         output_error(nn.Sequential(layer, Unpacked()), x)
+    with pytest.raises(ValueError, match="the output of model must be finite and not all 0"):
+        output_error(nn.Sequential(layer, nn.ReLU6(), nn.Hardshrink(10.0)), x)
+    with pytest.raises(ValueError, match="query, key and value must be finite"):
+        random_force([tensor * math.nan for tensor in qkv(30)], batch_sizes=(4,))
     with pytest.raises(ValueError, match="draws must be at least 2"):
         output_error(layer, x, draws=1)
     with pytest.raises(ValueError, match="estimators must name at least one"):

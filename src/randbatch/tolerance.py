@@ -12,7 +12,7 @@ from torch import Tensor
 from randbatch._checks import check_batch_vector, check_choice, check_integer, check_positive, check_qkv
 from randbatch._errors import InvalidValue
 from randbatch._seeds import fold_seed, random_keys
-from randbatch._shapes import Float, Int
+from randbatch._shapes import Bool, Float, Int
 from randbatch.estimators import ESTIMATORS
 from randbatch.estimators.at_tokens import SetsOf, log_attention_of, rows_of
 from randbatch.estimators.sampled import SampledEstimates
@@ -20,7 +20,7 @@ from randbatch.orthogonal import all_rounds, count_rounds, draw_rounds, partitio
 from randbatch.partition import Partition, random_partition
 from randbatch.sets import largest_set, set_sizes
 
-__all__ = ["RoundsChoice", "choose_rounds", "relative_error_bound", "sample_tokens"]
+__all__ = ["RoundsChoice", "choose_rounds", "finite_tokens", "relative_error_bound", "sample_tokens"]
 
 _SAMPLED = 512
 _SAMPLE = 2**40  # no layer or round has this number: the sample knows nothing of the partitions
@@ -189,6 +189,21 @@ def sample_tokens(query: Float[Tensor, "n h d"], number: int, seed: int) -> Int[
     return keys.argsort(stable=True)[:number].expand(heads, -1)
 
 
+def finite_tokens(exact: Float[Tensor, "h s e"]) -> Bool[Tensor, " s"]:
+    """The tokens whose exact attention is finite in every head: errors are stated for these.
+
+    Raises:
+        InvalidValue: there is none.
+    """
+    usable = exact.isfinite().all(dim=2).all(dim=0)
+    if not bool(usable.any()):
+        raise InvalidValue(
+            f"query, key and value must be finite: the exact attention of all {len(usable)} tokens that were looked at "
+            "is not"
+        )
+    return usable
+
+
 @dataclass(frozen=True, eq=False)
 class _Truth:
     """Exact attention `[H, S, E]` of the sampled tokens that have one, and what is known of its rounding.
@@ -210,12 +225,7 @@ class _Truth:
         cls, query: Tensor, key: Tensor, value: Tensor, tokens: Int[Tensor, "h s"], part: Partition, scale: float
     ) -> _Truth:
         exact, squared_weights, spread = _attend_and_spread(query, key, value, tokens, part, scale)
-        usable = (exact.isfinite() & squared_weights.isfinite().unsqueeze(-1)).all(dim=2).all(dim=0)
-        if not bool(usable.any()):
-            raise InvalidValue(
-                "query, key and value must be finite for a tolerance: the exact attention of all "
-                f"{tokens.shape[1]} tokens that were looked at is not"
-            )
+        usable = finite_tokens(exact) & squared_weights.isfinite().all(dim=0)
         wide = torch.finfo(exact.dtype).eps
         low = torch.finfo(query.dtype).eps
         # a logit errs by its D products, and by what exp makes of its size

@@ -23,7 +23,8 @@ from randbatch.estimators import ESTIMATORS
 from randbatch.estimators.at_tokens import SetsOf, log_attention_of
 from randbatch.estimators.sampled import SampledEstimates
 from randbatch.partition import fold_seed, random_partition
-from randbatch.tolerance import RoundsChoice, choose_rounds, sample_tokens
+from randbatch.sets import largest_set
+from randbatch.tolerance import RoundsChoice, choose_rounds, finite_tokens, sample_tokens
 
 __all__ = ["AttentionErrors", "HeadErrors", "LayerErrors", "attention_error"]
 
@@ -172,13 +173,15 @@ def _measure(
     plan: _Plan, layer: str, query: Tensor, key: Tensor, value: Tensor, batch: Tensor | None, scale: float | None
 ) -> LayerErrors:
     num_tokens = query.shape[0]
-    largest = num_tokens if batch is None or num_tokens == 0 else int(torch.bincount(batch).max())
+    largest = largest_set(num_tokens, batch)
     if largest < 2:
         raise ValueError(f"{layer} must attend over at least 2 tokens, got sets of {largest}")
     factor: float = query.shape[-1] ** -0.5 if scale is None else scale
     tokens = sample_tokens(query, plan.num_queries, plan.seed)
     anything = random_partition(num_tokens, num_tokens, batch=batch, device=query.device)
     exact, n_eff, entropy = _attend_and_describe(query, key, value, tokens, SetsOf(anything, tokens), factor)
+    usable = finite_tokens(exact)
+    tokens, exact, n_eff, entropy = (x[:, usable] for x in (tokens, exact, n_eff, entropy))
     squared = exact.double().square().sum(dim=(1, 2))  # [H]
     missed = {p: _squared_errors((query, key, value), tokens, exact, p, batch, factor, plan) for p in plan.batch_sizes}
     tiny = torch.finfo(torch.float64).tiny

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from randbatch._checks import check_integer
+from randbatch._errors import InvalidValue
 from randbatch._shapes import Float, Int
 from randbatch.analysis.watching import as_it_was, check_compared, measure_attention, progress_bar
 from randbatch.estimators import ESTIMATORS
@@ -22,7 +23,8 @@ from randbatch.estimators.at_tokens import SetsOf, log_attention_of, rows_of
 from randbatch.estimators.sampled import SampledEstimates
 from randbatch.particles.rates import Rate, fit_with_interval, variance_factor
 from randbatch.partition import Partition, fold_seed, random_partition
-from randbatch.tolerance import sample_tokens
+from randbatch.sets import largest_set
+from randbatch.tolerance import finite_tokens, sample_tokens
 
 __all__ = ["LayerForce", "OutputErrors", "output_error", "random_force"]
 
@@ -127,13 +129,15 @@ def _measure(
     scale: float | None,
 ) -> LayerForce:
     num_tokens = query.shape[0]
-    largest = num_tokens if batch is None or num_tokens == 0 else int(torch.bincount(batch).max())
+    largest = largest_set(num_tokens, batch)
     if largest < 3:
         raise ValueError(f"{layer} must attend over at least 3 tokens for a variance, got sets of {largest}")
     factor: float = query.shape[-1] ** -0.5 if scale is None else scale
     tokens = sample_tokens(query, plan.num_queries, plan.seed)
     whole = random_partition(num_tokens, num_tokens, batch=batch, device=query.device)
     exact, spread = _exact_and_spread(query, key, value, tokens, whole, factor)
+    usable = finite_tokens(exact)
+    tokens, exact, spread = (x[:, usable] for x in (tokens, exact, spread))
     size = math.sqrt(float(exact.square().sum(dim=-1).mean())) or 1.0
     lemma: dict[int, float] = {}
     fluctuation: dict[str, dict[int, float]] = {name: {} for name in plan.estimators}
@@ -272,11 +276,16 @@ def output_error(
 
         def note(query: Tensor, key: Tensor, value: Tensor, batch: Tensor | None, scale: float | None) -> None:
             nonlocal largest
-            largest = max(largest, len(query) if batch is None else int(torch.bincount(batch).max()))
+            largest = max(largest, largest_set(len(query), batch))
 
         for sampling in samplings.values():
             sampling.exact_eval, sampling.observer = True, note
         exact = _output(model, inputs, named_inputs)
+        norm = float(exact.square().sum())
+        if not 0 < norm < math.inf:
+            raise InvalidValue(
+                f"the output of model must be finite and not all 0 for a relative error, its norm is {norm}"
+            )
         for sampling in samplings.values():
             sampling.exact_eval, sampling.observer, sampling.eval_rounds, sampling.tolerance = False, None, 1, None
         squared = {name: torch.zeros(len(sizes), draws, dtype=torch.float64) for name in names}
@@ -287,7 +296,7 @@ def output_error(
                         sampling.batch_size, sampling.estimator = p, name
                         sampling.seed = fold_seed(fold_seed(seed, draw), number)
                     off = _output(model, inputs, named_inputs) - exact
-                    squared[name][place, draw] = float(off.square().sum() / exact.square().sum())
+                    squared[name][place, draw] = float(off.square().sum()) / norm
                     tick()
     return [_output_errors(name, sizes, squared[name], largest) for name in names]
 
