@@ -67,8 +67,9 @@ def random_batch_attention(
             over-counts a token's own weight; `"corrected"` adds mean fields, and is the most accurate.
         rounds: R >= 1. More than one are orthogonal: no pair meets twice, and a token meets R (p − 1) others, until all
             have met and the output is full attention. Merged by log-sum-exp; time is proportional to R, memory is not.
-        tolerance: a relative error > 0: as many rounds as `choose_rounds` finds it to take; `rounds` must be left at 1.
-            Call that yourself to know how many they are. Default: none, `rounds` says it.
+        tolerance: a relative error > 0: as many rounds as `choose_rounds` finds it to take, or exact attention where
+            that costs less; `rounds` must be left at 1. Call that yourself to know how many they are. Default: none,
+            `rounds` says it.
         scale: factor of the logits. Default: 1/√D.
         dropout_p: probability that an attention weight is dropped; the others grow by 1/(1 − dropout_p). Default: 0,
             as in `scaled_dot_product_attention`; the op does not know train from eval, a module does.
@@ -125,9 +126,12 @@ def random_batch_attention(
         batch_size = check_integer("batch_size", batch_size, 2)
         if tolerance is not None:
             seed = draw_seed() if seed is None else seed
-            rounds = choose_rounds(
+            choice = choose_rounds(
                 query, key, value, batch_size, tolerance, batch=batch, estimator=estimator, scale=scale, seed=seed
-            ).rounds
+            )
+            if choice.exact:
+                return full_attention(query, key, value, batch=batch, scale=scale)
+            rounds = choice.rounds
         parts = draw_rounds(query.shape[0], batch_size, rounds, batch=batch, seed=seed, device=query.device)
     options = Options(scale, dropout_p, backend)
     return estimate(query, key, value, parts, estimator, interaction, options, chunk_batches)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from randbatch._checks import check_batch_vector, check_choice, check_integer, check_positive, check_qkv
 from randbatch._errors import InvalidValue
+from randbatch._numerics import as_autocast
 from randbatch._seeds import fold_seed, random_keys
 from randbatch._shapes import Bool, Float, Int
 from randbatch.estimators import ESTIMATORS
@@ -91,19 +92,37 @@ def choose_rounds(
         >>> 1 < choice.rounds < 20, choice.error <= 0.3
         (True, True)
     """
+    query, key, value = as_autocast(query, key, value)
     check_qkv(query, key, value)
-    num_tokens = query.shape[0]
-    check_batch_vector(batch, num_tokens, query.device)
+    check_batch_vector(batch, query.shape[0], query.device)
     check_integer("batch_size", batch_size, 2)
     check_positive("tolerance", tolerance)
     check_choice("estimator", estimator, ESTIMATORS)
     check_integer("seed", seed)
     if max_rounds is not None:
         check_integer("max_rounds", max_rounds, 1)
-    if num_tokens == 0:
+    if query.shape[0] == 0:
         return RoundsChoice(1, 0.0, exact=True)
-    one = random_partition(num_tokens, batch_size, batch=batch, seed=seed, device=query.device)
     factor: float = query.shape[-1] ** -0.5 if scale is None else scale
+    with torch.autocast(query.device.type, enabled=False):  # what is compared is not to be rounded
+        return _choose(query, key, value, batch_size, tolerance, batch, estimator, factor, seed, max_rounds)
+
+
+def _choose(
+    query: Float[Tensor, "n h d"],
+    key: Float[Tensor, "n h d"],
+    value: Float[Tensor, "n h dv"],
+    batch_size: int,
+    tolerance: float,
+    batch: Int[Tensor, " n"] | None,
+    estimator: str,
+    factor: float,
+    seed: int,
+    max_rounds: int | None,
+) -> RoundsChoice:
+    """`choose_rounds` once everything is checked."""
+    num_tokens = query.shape[0]
+    one = random_partition(num_tokens, batch_size, batch=batch, seed=seed, device=query.device)
     tokens = sample_tokens(query, _SAMPLED, seed)
     truth = _Truth.of(query, key, value, tokens, one, factor)
     if one.is_whole:

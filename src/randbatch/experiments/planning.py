@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from randbatch._checks import MOST, check_integer, check_probability, check_several
-from randbatch._errors import InvalidValue
-from randbatch._files import check_replaceable, write_json
+from randbatch._errors import InvalidValue, UserError
+from randbatch._files import check_replaceable, read_json, write_json
 from randbatch.analysis import Plan, plan
 from randbatch.analysis.plan import parse_memory
 
@@ -71,6 +71,19 @@ class PlanConfig:
             check_integer("batch_size", size, 2, MOST)
 
 
+def _check_out(path: Path) -> None:
+    """Refuse to replace what is not a plan."""
+    check_replaceable(path)
+    if not path.exists():
+        return
+    try:
+        content = read_json(path)
+    except UserError:
+        content = None
+    if not (isinstance(content, dict) and {field.name for field in fields(Plan)} == content.keys()):
+        raise InvalidValue(f"out: {path} is there already and holds no plan; choose another file")
+
+
 def run_plan(config: PlanConfig, *, say: Callable[[str], None] = print) -> Plan:
     """Predict, and print the table.
 
@@ -78,7 +91,7 @@ def run_plan(config: PlanConfig, *, say: Callable[[str], None] = print) -> Plan:
         UserError: a setting that does not fit, or a package that is missing.
     """
     if config.out is not None:
-        check_replaceable(config.out)  # before minutes of work
+        _check_out(config.out)  # before minutes of work
     found = plan(
         config.nodes, config.edges, memory=config.memory, features=config.features, hidden=config.hidden,
         layers=config.layers, heads=config.heads, local=config.local, estimator=config.estimator,

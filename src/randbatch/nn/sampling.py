@@ -198,6 +198,8 @@ def attend_in_batches(
         sampling.chosen = choose_rounds(
             query, key, value, p, sampling.tolerance, batch=batch, estimator=sampling.estimator, scale=scale, seed=seed
         )
+        if sampling.chosen.exact:
+            return full_attention(query, key, value, batch=batch, scale=scale)
         rounds = draw_rounds(query.shape[0], p, sampling.chosen.rounds, batch=batch, seed=seed, device=device)
     options = Options(scale, dropout_p if training else 0.0, sampling.backend)
     return estimate(query, key, value, rounds, sampling.estimator, interaction, options, sampling.chunk_batches)
