@@ -5,6 +5,7 @@ Shape letters: B sets, m particles in each, n of them that are looked at, D dime
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from randbatch.particles.interaction import Interaction, Sets
 __all__ = ["Alignment", "LinearForce", "PowerRepulsion", "RadialForce"]
 
 _FEW = 16  # in sets of so many a difference is cheaper than a product of points, and a mean dearer than one of sets
+_FLAT = 8  # in so many dimensions differences take no longer than a product of points, and lose no digits
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,33 +41,35 @@ class LinearForce(Interaction):
 
     def force(self, sets: Sets, rows: slice) -> Float[Tensor, "b n d"]:
         """The force on the particles `rows` of every set, `[B, n, D]`."""
-        size = sets.x.shape[1]
-        return (sets.x.mean(dim=1, keepdim=True) - sets.x[:, rows]) * (self.strength * size / sets.others)
+        x = _centred(sets.x)
+        return (x.mean(dim=1, keepdim=True) - x[:, rows]) * (self.strength * x.shape[1] / sets.others)
 
     def flow(self, sets: Sets, tau: float) -> Float[Tensor, "b m d"]:
         """The states after a time `tau` of this force alone, exactly."""
         size = sets.x.shape[1]
         decay = math.exp(-self.strength * size * tau / sets.others)
+        first = sets.x[:, :1]  # far from the origin, sums and products would lose digits, and move the mean
+        x = sets.x - first
         if size <= _FEW:  # one product in place of four passes along short rows
-            mix = torch.full((size, size), (1 - decay) / size, dtype=sets.x.dtype, device=sets.x.device)
+            mix = torch.full((size, size), (1 - decay) / size, dtype=x.dtype, device=x.device)
             mix.diagonal().add_(decay)
-            return mix @ sets.x
-        mean = sets.x.mean(dim=1, keepdim=True)
-        return mean + (sets.x - mean) * decay
+            return first + mix @ x
+        mean = x.mean(dim=1, keepdim=True)
+        return first + (mean + (x - mean) * decay)
 
 
 @dataclass(frozen=True, eq=False)
 class RadialForce(Interaction):
     """`F_i = 1/(m−1) Σ_{j≠i} a[s_i, s_j] w_j g(|x_i − x_j|²) (x_i − x_j)`, positive g pushes apart.
 
-    The matrix of all `g` is one matrix product away from the force, `x_i Σ_j G_ij − Σ_j G_ij x_j`: no tensor of
-    differences `[n, m, D]` is ever made.
+    The matrix of all `g` is one matrix product away from the force, `x_i Σ_j G_ij − Σ_j G_ij x_j`, with coordinates
+    about a place in the set: no tensor of differences `[n, m, D]` is ever made.
 
     Args:
         profile: g, from squared distances to numbers, both of any shape. What it gives at the distance 0 of a particle
             to itself is ignored; two particles at one place meet whatever it gives there.
-        singular: whether g changes fast near 0. Distances in large sets then come from differences too, and not from
-            `|x|² + |y|² − 2 x·y`, which is faster and loses digits of small distances.
+        singular: whether g changes fast near 0. Distances in large sets of more than 8 dimensions then come from
+            differences too, and not from `|x|² + |y|² − 2 x·y`, which is faster and loses digits of small distances.
         strength: `[species, species]`, a; the row is the species that feels. Default: 1.
 
     Example:
@@ -83,13 +87,13 @@ class RadialForce(Interaction):
 
     def force(self, sets: Sets, rows: slice) -> Float[Tensor, "b n d"]:
         """The force on the particles `rows` of every set, `[B, n, D]`."""
-        factors = self.factors(sets, rows)
-        return factors.sum(dim=2, keepdim=True) * sets.x[:, rows] - factors @ sets.x
+        factors, x = self.factors(sets, rows), _centred(sets.x)
+        return factors.sum(dim=2, keepdim=True) * x[:, rows] - factors @ x
 
     def factors(self, sets: Sets, rows: slice) -> Float[Tensor, "b n m"]:
         """G, what multiplies each difference `x_i − x_j`, `[B, n, m]`; 0 for a particle and itself."""
         x = sets.x
-        factors = self.profile(_squared_distances(x[:, rows], x, self.singular))
+        factors = self.profile(_squared_distances(x, rows, self.singular))
         if sets.weights is not None:
             factors = factors * sets.weights.unsqueeze(1)
         if self.strength is not None and sets.species is not None:
@@ -100,9 +104,22 @@ class RadialForce(Interaction):
         return factors
 
 
-def _squared_distances(x: Float[Tensor, "b n d"], y: Float[Tensor, "b m d"], exact: bool) -> Float[Tensor, "b n m"]:
-    if exact or y.shape[1] <= _FEW:
-        return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square_()
+def _centred(x: Float[Tensor, "b m d"]) -> Float[Tensor, "b m d"]:
+    """Coordinates about a place in each set: far from the origin sums and products would lose digits."""
+    x = x - x[:, :1]  # a sum of large numbers may overflow
+    return x if x.shape[1] <= _FEW else x - x.mean(dim=1, keepdim=True)
+
+
+def _squared_distances(x: Float[Tensor, "b m d"], rows: slice, exact: bool) -> Float[Tensor, "b n m"]:
+    """Of the particles `rows` from all of their sets."""
+    if x.shape[1] > _FEW and x.shape[2] <= _FLAT:
+        axes = x.mT.contiguous()  # the loop runs along particles
+        first, *others = ((axis[:, rows].unsqueeze(2) - axis.unsqueeze(1)).square_() for axis in axes.unbind(1))
+        return functools.reduce(Tensor.add_, others, first)
+    if exact or x.shape[1] <= _FEW:
+        return torch.cdist(x[:, rows], x, compute_mode="donot_use_mm_for_euclid_dist").square_()
+    y = _centred(x)
+    x = y[:, rows]
     squares = x.square().sum(dim=2, keepdim=True) + y.square().sum(dim=2).unsqueeze(1)
     return torch.baddbmm(squares, x, y.mT, alpha=-2).clamp_(min=0)
 
@@ -169,6 +186,7 @@ class Alignment(Interaction):
     def force(self, sets: Sets, rows: slice) -> Float[Tensor, "b n s"]:
         """Zeros for the positions, and the force on the velocities, `[B, n, 2 D]`."""
         x, v = sets.x.chunk(2, dim=2)
-        near = self.profile(_squared_distances(x[:, rows], x, exact=False)) / sets.others
+        near = self.profile(_squared_distances(x, rows, exact=False)) / sets.others
+        v = _centred(v)
         pull = near @ v - near.sum(dim=2, keepdim=True) * v[:, rows]
         return torch.cat([torch.zeros_like(pull), pull], dim=2)

@@ -311,4 +311,6 @@ def _samples(x: Tensor, y: Tensor) -> tuple[object, object]:
     """Two samples as POT takes them."""
     if x.dim() != 2 or y.dim() != 2 or x.shape[1] != y.shape[1] or not len(x) or not len(y):
         raise ValueError(f"x and y must have shapes [N, D] and [M, D], got {list(x.shape)} and {list(y.shape)}")
-    return x.detach().cpu().double().numpy(), y.detach().cpu().double().numpy()
+    a, b = (sample.detach().cpu().double() for sample in (x, y))
+    middle = a.mean(dim=0)  # POT's distances come from products, which lose digits far from the origin
+    return (a - middle).numpy(), (b - middle).numpy()
