@@ -12,6 +12,7 @@ from converting import FLOAT64, ONE_BATCH, PADDING, Calls, CallsSDPA, HandWritte
 from torch import Tensor, nn
 
 import randbatch as rb
+from randbatch.integrations.rules import Rule, add_rule
 from randbatch.nn import RandomBatchAttention, Sampling
 
 
@@ -30,7 +31,7 @@ def test_masks_of_keys_reach_sdpa() -> None:
     additive = torch.zeros(3, 1, 1, 11, dtype=torch.float64).masked_fill(PADDING[:, None, None], -torch.inf)
     want = model(x, attn_mask=additive)
     rb.convert(model, ONE_BATCH)
-    for mask in (additive, ~PADDING[:, None, None]):
+    for mask in (additive, additive.clamp(min=-1e4), ~PADDING[:, None, None]):
         torch.testing.assert_close(model(x, attn_mask=mask)[~PADDING], want[~PADDING], **FLOAT64)
 
 
@@ -38,7 +39,7 @@ def test_masks_of_keys_reach_sdpa() -> None:
     ("options", "message"),
     [
         ({"is_causal": True}, "no order"),
-        ({"attn_mask": torch.zeros(11, 11)}, r"\[B, 1, 1, N\], got \[11, 11\]"),
+        ({"attn_mask": torch.ones(11, 11).tril().bool()}, r"\[B, 1, 1, N\], got \[11, 11\]"),
         ({"attn_mask": torch.full((1, 1, 1, 11), 0.5)}, "finite bias"),
     ],
 )
@@ -46,6 +47,38 @@ def test_what_sdpa_is_refused(options: dict, message: str) -> None:
     rb.convert(model := CallsSDPA(), 4)
     with pytest.raises(ValueError, match=message):
         model(torch.randn(3, 11, 16), **options)
+
+
+def test_one_row_for_all_queries_is_a_mask_of_keys() -> None:
+    """However it is laid out: by strides, or written out for every query."""
+    model = CallsSDPA().double()
+    x = make_input(model, 3, 11)
+    rows = ~PADDING[:, None, None].expand(3, 4, 11, 11)
+    want = model(x, attn_mask=rows)[~PADDING]
+    rb.convert(model, ONE_BATCH)
+    for mask in (rows, rows.contiguous()):
+        torch.testing.assert_close(model(x, attn_mask=mask)[~PADDING], want, **FLOAT64)
+    other = rows.clone()
+    other[1, 2, 3, 0] = False
+    with pytest.raises(ValueError, match="the same for every query and head"):
+        model(x, attn_mask=other)
+
+
+class Context(nn.Module):
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        return F.scaled_dot_product_attention(x, context, context)
+
+
+def test_tokens_of_another_set_are_refused() -> None:
+    """Of equal length, too: row i of both is not one token."""
+    rb.convert.register(Context)(rb.convert.through_sdpa)
+    rb.convert(model := Context(), 3)
+    x = torch.randn(1, 2, 9, 4)
+    assert torch.equal(model.eval()(x, x), model(x))
+    for call in (lambda: model(x, x + 1), lambda: model(x, context=x + 1)):
+        with pytest.raises(ValueError, match="context of Context must be left out"):
+            call()
 
 
 def test_an_adapter_that_finds_no_sdpa_says_so() -> None:
@@ -176,6 +209,53 @@ class Theirs(nn.MultiheadAttention):
         return super().forward(*arguments, **options)
 
 
+class Holds(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 4)
+        self.norm = nn.LayerNorm(16)
+
+
+class Decodes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cross_attn = nn.MultiheadAttention(16, 4)
+
+
+class Probes(Holds):
+    def __init__(self) -> None:
+        super().__init__()
+        self.probe = nn.Parameter(torch.randn(1, 1, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        probe = self.probe.expand(1, x.shape[1], 16)
+        x = self.norm(x)
+        return self.attention(probe, x, x)[0]
+
+
+class Weighs(Holds):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=True)[1]
+
+
+class Crosses(Holds):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        y = self.norm(y)
+        return self.attention(x, y, y)[0]
+
+
+class Blocks(nn.Module):
+    """One block is given one set twice, the other one two sets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.same, self.other = Crosses(), Crosses()
+        self.seeds = nn.Parameter(torch.randn(9, 1, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(self.seeds, self.same(x, x))
+
+
 class LooksLikeAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x
@@ -209,11 +289,16 @@ def test_what_is_left_alone_is_named() -> None:
             "replaced": replaced,
             "decoder": nn.TransformerDecoderLayer(16, 4),
             "wrapped": rb.nn.RandomBatch(nn.TransformerEncoderLayer(16, 4), 5),
+            "decodes": Decodes(),
+            "probes": Probes(),
+            "weighs": Weighs(),
+            "crosses": Crosses(),
+            "blocks": Blocks(),
             "other": nn.Linear(3, 3),
         }
     )
     report = rb.convert(model, 4)
-    assert [row.path for row in report.converted] == ["ours", "wrapped"]
+    assert [row.path for row in report.converted] == ["ours", "wrapped", "blocks.same.attention"]
     reasons = {row.path: row.reason for row in report.left_alone}
     assert "overrides the forward of MultiheadAttention" in reasons.pop("theirs")
     assert "rb.convert.register(LooksLikeAttention)" in reasons.pop("looks")
@@ -223,10 +308,15 @@ def test_what_is_left_alone_is_named() -> None:
     assert "replaced on the instance" in reasons.pop("replaced")
     assert "decoder layer" in reasons.pop("decoder.self_attn")
     assert "decoder layer" in reasons.pop("decoder.multihead_attn")
+    assert "its name says that it is cross-attention" in reasons.pop("decodes.cross_attn")
+    assert "Probes gives it queries that are not the tokens" in reasons.pop("probes.attention")
+    assert "Weighs asks it for weights" in reasons.pop("weighs.attention")
+    assert "Crosses gives it queries that are not the tokens" in reasons.pop("crosses.attention")
+    assert "Crosses gives it queries that are not the tokens" in reasons.pop("blocks.other.attention")
     assert not reasons
     assert model["ours"].sampling.batch_size == model["wrapped"].sampling.batch_size == 4
     text = str(report)
-    assert "2 modules in random batches of 4" in text
+    assert "3 modules in random batches of 4" in text
     assert all(row.reason in text for row in report.left_alone)
 
 
@@ -284,12 +374,43 @@ def test_nothing_to_convert(model: nn.Module, message: str) -> None:
         rb.convert(model, 4)
 
 
+class Breaks(nn.Module):
+    pass
+
+
 def test_a_failure_leaves_the_model_as_it_was() -> None:
-    model = nn.Sequential(HandWritten(), HandWritten())
-    model[1].sampling = "a name that was taken"
+    def breaks(module: nn.Module, sampling: Sampling) -> None:
+        raise RuntimeError("a rule that fails")
+
+    add_rule(Breaks, Rule("breaks", "nothing", breaks))
+    model = nn.Sequential(HandWritten(), nn.MultiheadAttention(16, 4), encoder(), Breaks())
     before = snapshot(model)
-    with pytest.raises(ValueError, match="`sampling` of its own"):
+    with pytest.raises(RuntimeError, match="a rule that fails"):
         rb.convert(model, 4)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("name", ["sampling", "interaction"])
+@pytest.mark.parametrize("value", ["mine", Sampling(5)])
+def test_a_name_that_is_taken_is_left_to_its_owner(name: str, value: object) -> None:
+    model = nn.Sequential(HandWritten(), HandWritten(), nn.MultiheadAttention(16, 4))
+    for module in (model[1], model[2]):
+        setattr(module, name, value)
+    report = rb.convert(model, 4)
+    taken = ["1", "2"] if name == "sampling" else ["2"]  # the adapter needs no `interaction`
+    assert [row.path for row in report.left_alone] == taken
+    assert all(f"it has an attribute `{name}` of its own" in row.reason for row in report.left_alone)
+    report.undo()
+    assert all(getattr(module, name) is value for module in (model[1], model[2]))
+    assert not hasattr(model[0], "sampling")
+
+
+def test_undo_in_any_order_leaves_nothing_behind() -> None:
+    model = nn.Sequential(encoder(), HandWritten())
+    before = snapshot(model)
+    first, second = rb.convert(model, 4), rb.convert(model, 8)
+    first.undo()
+    second.undo()
     assert snapshot(model) == before
 
 

@@ -12,10 +12,19 @@ from torch import nn
 
 from randbatch._checks import check_integer
 from randbatch.integrations import load_rules
-from randbatch.integrations.rules import Adapter, Rule, Undo, add_adapter_rule, find_rule, is_swapped
+from randbatch.integrations.rules import (
+    Adapter,
+    Rule,
+    add_adapter_rule,
+    find_rule,
+    has_random_batches,
+    is_swapped,
+    rule_of_swapped,
+)
 from randbatch.integrations.sdpa import through_sdpa
+from randbatch.integrations.swap import Undo, bare_class
+from randbatch.nn.calls import assign_seeds
 from randbatch.nn.sampling import Sampling, sampling_of
-from randbatch.partition import fold_seed
 
 __all__ = ["ConversionReport", "Convert", "Converted", "LeftAlone", "convert"]
 
@@ -72,7 +81,8 @@ class ConversionReport:
     def undo(self) -> None:
         """Put everything back as it was before this conversion. Parameters keep their present values."""
         while self._undo:
-            self._undo.pop()()
+            self._undo[-1]()
+            self._undo.pop()
 
     def __str__(self) -> str:
         modules = "1 module" if len(self.converted) == 1 else f"{len(self.converted)} modules"
@@ -116,7 +126,8 @@ class Convert:
         backend: of softmax attention. Default: the first that can.
         chunk_batches: batches at a time, computed again in backward, which saves memory; torch's attention is then
             projected in pieces too. Linear attentions take an int, not `"auto"`. Default: None, all at once.
-        seed: the partitions of eval; each module derives its own.
+        seed: the partitions of eval; each module derives its own from its path, and each further call of a module in
+            one forward of the model another.
 
     Returns:
         A `ConversionReport`: print it to see what was converted, what that changes and what was left alone; its method
@@ -177,11 +188,12 @@ class Convert:
         plan.add_surroundings(model)
         report = ConversionReport([], plan.left_alone, settings)
         try:
-            for position, (path, module, rule) in enumerate(plan.steps):
-                kind = type(module).__name__
-                own = replace(settings, seed=fold_seed(seed, position))
-                report._undo.append(rule.swap(module, own))  # pyright: ignore[reportPrivateUsage]
+            for path, module, rule in plan.steps:
+                kind = bare_class(module).__name__
+                report._undo.append(rule.swap(module, replace(settings)))  # pyright: ignore[reportPrivateUsage]
                 report.converted.append(Converted(path, kind, rule.name, rule.changes))
+            found = [(path, own) for path, module, _ in plan.steps if (own := sampling_of(module)) is not None]
+            report._undo.append(assign_seeds(model, found, seed))  # pyright: ignore[reportPrivateUsage]
         except BaseException:
             report.undo()  # all or nothing
             raise
@@ -261,7 +273,7 @@ class _Plan:
         return self._seen[module]
 
     def _plan(self, path: str, module: nn.Module, ancestors: tuple[nn.Module, ...]) -> bool:
-        rule, reason = (_AGAIN, None) if sampling_of(module) else find_rule(module, ancestors)
+        rule, reason = (_AGAIN, None) if has_random_batches(module) else find_rule(module, ancestors)
         around = rule is not None and rule.around is not None
         if rule is not None and not around:
             if self._where(path, module):
@@ -295,20 +307,25 @@ class _Plan:
                 self.steps.append((path, module, rule))
 
     def _leave(self, path: str, module: nn.Module, reason: str) -> None:
-        self.left_alone.append(LeftAlone(path, type(module).__name__, reason))
+        self.left_alone.append(LeftAlone(path, bare_class(module).__name__, reason))
 
 
 def _change_settings(module: Any, sampling: Sampling) -> Undo:
     before: Sampling = module.sampling
-    module.sampling = replace(sampling, seed=before.seed)
+    rule = rule_of_swapped(module)
+    undo_more = None if rule is None or rule.again is None else rule.again(module, sampling)
+    module.sampling = sampling
 
     def undo() -> None:
-        module.sampling = before
+        if undo_more is not None:
+            undo_more()
+        if sampling_of(module) is sampling:  # else the conversion itself was undone first
+            module.sampling = before
 
     return undo
 
 
-_AGAIN = Rule("random batches already", "it takes the new settings and keeps its seed", _change_settings)
+_AGAIN = Rule("random batches already", "it takes the new settings", _change_settings)
 
 
 def _looks_like_attention(module: nn.Module) -> bool:

@@ -1,27 +1,47 @@
-"""Hugging Face transformers: random batches behind `AttentionInterface` and `AttentionMaskInterface`.
+"""Hugging Face transformers: which of its attentions can be put into random batches, and how they are.
 
-Shape letters: B sets, N tokens, H heads, D head size.
+A module keeps its forward; it gets a sampling, and its config an attention implementation that serves modules with one
+(see `hf_interface`). Its class becomes a subclass that refuses other tokens than the module's own, and that knows where
+it comes from when a copy is unpickled.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
+import sys
+import warnings
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
+from types import CodeType
 from typing import Any
 
 from torch import Tensor, nn
 
-from randbatch._optional import require
-from randbatch._shapes import Shaped
-from randbatch.integrations.rules import Ancestors, Rule, Undo, add_rule, add_teacher
-from randbatch.integrations.sdpa import key_mask
-from randbatch.nn.sampling import Sampling, attend_in_batches, sampling_of
+from randbatch.integrations.arguments import is_cross_by_name, other_tokens, reads_last_row, refuse_other_tokens
+from randbatch.integrations.hf_interface import attend, is_over, name_over, register_function, register_over
+from randbatch.integrations.rules import Ancestors, Rule, Undo, add_rule, add_teacher, swap_module
+from randbatch.integrations.swap import bare_class
+from randbatch.nn.sampling import Sampling
 from randbatch.partition import fold_seed
 
 __all__ = ["register"]
 
-_CONVERTED = "random_batch_converted"  # modules with a Sampling of their own; others under the same config run sdpa
-_REFUSED = ("position_bias", "softcap", "sliding_window", "s_aux", "head_mask", "cache")
+_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+# Keywords that an attention hands to its function, which no random batch can heed.
+_KEYWORDS = {
+    "attention_similarity": "it takes a bias between tokens",
+    "block_indices": "it attends to blocks of its own choice",
+    "indices": "it attends to tokens of its own choice",
+    "position_bias": "it adds a position bias between tokens",
+    "s_aux": "its softmax has a sink",
+    "sinks": "its softmax has a sink",
+}
+_BIAS = re.compile(r"rel(ative)?_?pos|position_bias|relative_(attention|k)|attention_bias(es)?$|decay", re.IGNORECASE)
+_REDUCED = re.compile(r"sequence_reduction$|^sr$|(kv|key|k)_?pool")
+_CAUSAL = {"create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask"}
+_BLOCKS = {"generate_block_attention_mask"}
 
 
 def register(
@@ -36,8 +56,10 @@ def register(
 ) -> None:
     """Make `name` an attention implementation of transformers: every attention of a model that is set to it.
 
-    `randbatch.convert` does the same for one model, module by module, can be undone, and gives each layer a seed of its
-    own; by name, layers without a `layer_idx` (the vision models have none) share their partitions in eval.
+    Prefer `randbatch.convert`: it looks at the whole model first, can be undone, and gives each layer a seed of its
+    own. By name, layers without a `layer_idx` (the vision models have none) share their partitions in eval; what cannot
+    be served is refused when it is called; and a class that never asks transformers for an attention function keeps its
+    full attention, which a warning names.
 
     Args:
         batch_size: p >= 2, tokens in a random batch.
@@ -65,110 +87,154 @@ def register(
     """
     default = Sampling(batch_size, estimator, rounds, eval_rounds, backend, seed)
 
-    def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+    def attend_by_name(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        **options: Any,
     ) -> Any:
-        reason = _why_not(module, ())
+        reason = _why_not(module, ()) or _why_not_by_name(type(module))
         if reason is not None:
             raise ValueError(f"attention implementation {name!r} cannot serve {type(module).__name__}: {reason}")
         layer = getattr(module, "layer_idx", None)
         sampling = default if layer is None else replace(default, seed=fold_seed(seed, layer))
-        return _attend(sampling, module, query, key, value, mask, **options)
+        return attend(sampling, module, query, key, value, attention_mask, **options)
 
-    _register(name, attend)
-
-
-def _register(name: str, attend: Any) -> None:
-    transformers = require("transformers")
-    transformers.AttentionInterface.register(name, attend)
-    transformers.AttentionMaskInterface.register(name, _make_mask)
+    register_function(name, attend_by_name, before="eager", notice=_warn_of_those_that_never_ask)
 
 
-def _make_mask(*, mask_function: Any, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
-    """The padding mask as it came, `[B, N]`, True = token; any other mask as sdpa gets it, `[B, 1, Q, N]`."""
-    masking = require("transformers.masking_utils")
-    if mask_function is masking.bidirectional_mask_function:
-        return attention_mask
-    return masking.sdpa_mask(mask_function=mask_function, attention_mask=attention_mask, **options)
+def _why_not_by_name(kind: type[nn.Module]) -> str | None:
+    others = ", ".join(other.name for other in other_tokens(kind))
+    return (
+        f"it may be given other tokens to attend to ({others}), which does not show here; randbatch.convert checks it"
+        if others
+        else None
+    )
 
 
-def _attend(
-    sampling: Sampling,
-    module: nn.Module,
-    query: Shaped[Tensor, "b h n d"],
-    key: Shaped[Tensor, "b k m d"],
-    value: Shaped[Tensor, "b k m e"],
-    mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    is_causal: bool | None = None,
-    output_attentions: bool | None = None,
-    **options: Any,
-) -> tuple[Shaped[Tensor, "b n h e"], None]:
-    """What `AttentionInterface` calls, for a module whose attention is that of a set."""
-    if is_causal:
-        raise ValueError("is_causal must be False: a random batch has no order")
-    if output_attentions:
-        raise ValueError(
-            "output_attentions must be False: weights inside a random batch are not those of the whole set"
+@cache
+def _warn_of_those_that_never_ask(kind: type[Any]) -> None:
+    """Name the attentions beside a class of configs that are written out by hand."""
+    beside = sys.modules.get(kind.__module__.replace(".configuration_", ".modeling_"))
+    silent = [name for name, cls in vars(beside).items() if _is_by_hand(cls)] if beside is not None else []
+    if silent:
+        warnings.warn(
+            f"the code of {', '.join(silent)} asks transformers for no attention function: in a model that holds it, "
+            "it attends to all tokens, as before",
+            stacklevel=2,
         )
-    for name in _REFUSED:
-        if options.get(name) is not None:
-            raise ValueError(f"{name} must be None: random batches take no mask, bias or cap between tokens")
-    num_sets, num_heads, num_tokens, _ = query.shape
-    if key.shape[2] != num_tokens:
-        raise ValueError(f"key has {key.shape[2]} tokens and query {num_tokens}: random batches are for self-attention")
-    if key.shape[1] != num_heads:  # grouped heads arrive unrepeated
-        key, value = (tensor.repeat_interleave(num_heads // key.shape[1], dim=1) for tensor in (key, value))
-    if mask is not None and mask.dim() != 2:
-        mask = key_mask(mask, num_sets, num_tokens, "attention_mask")
-    turned = [tensor.transpose(1, 2) for tensor in (query, key, value)]
-    return attend_in_batches(sampling, module.training, *turned, mask=mask, scale=scaling, dropout_p=dropout), None
 
 
-def _attend_if_converted(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
-) -> Any:
-    """A module that was left alone shares its config with converted ones: it attends by sdpa."""
-    sampling = sampling_of(module)
-    if sampling is not None:
-        return _attend(sampling, module, query, key, value, mask, **options)
-    if mask is not None and mask.dim() == 2:
-        mask = mask[:, None, None, :]
-    sdpa = require("transformers.modeling_utils").ALL_ATTENTION_FUNCTIONS["sdpa"]
-    return sdpa(module, query, key, value, mask, **options)
+def _is_by_hand(cls: Any) -> bool:
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)) or "attention" not in cls.__name__.lower():
+        return False
+    words = _words(cls.forward)
+    return _INTERFACE not in words and bool({"softmax", "scaled_dot_product_attention"} & words)
 
 
-def _names(forward: Any) -> tuple[str, ...]:
-    """The names that the code of a forward uses, below its decorators."""
+@cache
+def _words(forward: Any) -> frozenset[str]:
+    """The names and the keywords in the code of a forward, below its decorators."""
     code = getattr(inspect.unwrap(forward), "__code__", None) if callable(forward) else None
-    return () if code is None else code.co_names
+    return frozenset() if code is None else frozenset(_words_of(code))
+
+
+def _words_of(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _words_of(constant)
+        for word in constant if isinstance(constant, tuple) else (constant,):
+            if isinstance(word, str):
+                yield word
 
 
 def _why_not(module: Any, ancestors: Ancestors) -> str | None:
+    kind = bare_class(module)
+    config = getattr(module, "config", None)
+    if config is None:
+        return "it has no config, by which transformers finds its attention function"
+    keywords = _words(kind.forward) & set(_KEYWORDS)
+    if keywords:
+        return _KEYWORDS[min(keywords)]
+    for name in _held(module):
+        if _BIAS.search(name):
+            return f"it adds a bias between tokens (`{name}`)"
+        if "softcap" in name:
+            return f"it caps its logits (`{name}`)"
+        if _REDUCED.search(name):
+            return f"its tokens attend to fewer, reduced ones (`{name}`)"
+    return _why_not_a_set(module, ancestors) or _why_other_tokens(module, kind, ancestors)
+
+
+def _held(module: nn.Module) -> list[str]:
+    """The names of what a module holds, without what is None or off."""
+    inside = (*module.named_parameters(recurse=False), *module.named_children())
+    return [name for name, value in (*vars(module).items(), *inside) if value is not None and value is not False]
+
+
+def _why_not_a_set(module: Any, ancestors: Ancestors) -> str | None:
     if getattr(module, "is_causal", False) or getattr(module.config, "is_decoder", False):
         return "it is causal: a random batch has no order"
-    if any("create_causal_mask" in _names(getattr(type(ancestor), "forward", None)) for ancestor in ancestors):
+    # a model makes the masks of those that share its config
+    sharing = [ancestor for ancestor in ancestors if getattr(ancestor, "config", None) is module.config]
+    bias = next((name for ancestor in ancestors for name in _held(ancestor) if "position_bias" in name), None)
+    if bias is not None:
+        return f"the model around it adds a bias between tokens (`{bias}`)"
+    around = [_words(bare_class(ancestor).forward) for ancestor in sharing]
+    if any(_CAUSAL & words for words in around):
         return "the model around it makes a causal mask: a random batch has no order"
-    if "cross" in type(module).__name__.lower() or getattr(module, "is_cross_attention", False):
-        return "it is cross-attention: random batches are for self-attention"
+    if any(words & _BLOCKS for words in around):
+        return "the model around it makes a mask between tokens"
+    if any(reads_last_row(bare_class(ancestor)) for ancestor in sharing):
+        return "the model around it reads the last row, which may be padding, and such rows are zero in random batches"
     if getattr(module, "sliding_window", None) is not None:
         return "it attends inside a sliding window already"
     return None
 
 
+def _why_other_tokens(module: Any, kind: type[nn.Module], ancestors: Ancestors) -> str | None:
+    if is_cross_by_name(module, ancestors) or getattr(module, "is_cross_attention", False):
+        return "it is cross-attention: random batches are for self-attention"
+    if "pool" in kind.__name__.lower():
+        return "it pools: its queries are not the tokens it attends to"
+    needed = [other.name for other in other_tokens(kind) if other.must]
+    if needed:
+        return f"it must be given {' and '.join(needed)}, which need not be its own tokens"
+    return None
+
+
 def _swap(module: Any, sampling: Sampling) -> Undo:
-    """Give the module its sampling and switch its config, which other modules may share."""
-    _register(_CONVERTED, _attend_if_converted)
-    config = module.config
-    before = config._attn_implementation
-    config._attn_implementation = _CONVERTED
-    module.sampling = sampling
+    """Give the module its sampling, and switch its config, which other modules may share."""
+    undo_module = swap_module(module, sampling)
+    undo_config = _switch(module, sampling)
 
     def undo() -> None:
-        config._attn_implementation = before
-        del module.sampling
+        undo_module()
+        undo_config()
+
+    return undo
+
+
+def _switch(module: Any, sampling: Sampling) -> Undo:
+    """Let the config name an implementation that serves the module, and say what it is."""
+    register_over()
+    config: Any = module.config
+    before, record = config._attn_implementation, vars(config).get("random_batch")
+    if not is_over(before):
+        # not the property, which would switch the configs inside it too
+        config._attn_implementation_internal = name_over(before)
+    names = ("batch_size", "estimator", "rounds", "eval_rounds", "chunk_batches")
+    config.random_batch = {name: getattr(sampling, name) for name in names}
+
+    def undo() -> None:
+        config._attn_implementation_internal = before
+        if record is None:
+            del config.random_batch
+        else:
+            config.random_batch = record
 
     return undo
 
@@ -176,15 +242,26 @@ def _swap(module: Any, sampling: Sampling) -> Undo:
 _RULE = Rule(
     "transformers attention",
     "a token, special ones like [CLS] too, attends to its random batch; padding takes no part, and its rows are zero; "
-    "modules left alone under the same config attend by sdpa",
+    "modules left alone under the same config attend as before; a saved config remembers it as `random_batch`, but "
+    "from_pretrained makes full attention: convert again",
     _swap,
     _why_not,
+    again=_switch,
 )
 
 
 def _teach(cls: type[nn.Module]) -> None:
-    if "ALL_ATTENTION_FUNCTIONS" in _names(vars(cls).get("forward")):
-        add_rule(cls, _RULE)
+    if _INTERFACE not in _words(vars(cls).get("forward")):
+        return
+    register_over()
+
+    others = other_tokens(cls)
+
+    def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        refuse_other_tokens(cls, others, args, kwargs)
+        return cls.forward(module, *args, **kwargs)
+
+    add_rule(cls, _RULE, forward)
 
 
 add_teacher(_teach)

@@ -63,6 +63,7 @@ add_rule(
         "tokens stay flat: graphs are not padded to the largest",
         _swap_gps,
         around=lambda module: [module.attn] if isinstance(module.attn, nn.Module) else [],
+        attributes=(),
     ),
     _gps_forward,
 )

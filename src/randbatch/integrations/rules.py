@@ -7,6 +7,7 @@ so parameters, buffers, hooks, keys and `isinstance` are what they were.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -15,8 +16,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from randbatch._shapes import Bool, Int, Shaped
+from randbatch.integrations.arguments import Other, other_tokens
+from randbatch.integrations.swap import Undo, bare_class, set_attributes, set_class, why_taken
 from randbatch.nn.opaque import attend_opaquely, is_opaque
-from randbatch.nn.sampling import Sampling, apply_in_batches, attend_in_batches
+from randbatch.nn.sampling import Sampling, apply_in_batches, attend_in_batches, sampling_of
 
 __all__ = [
     "Adapter",
@@ -28,14 +31,16 @@ __all__ = [
     "add_rule",
     "add_teacher",
     "find_rule",
+    "has_random_batches",
     "is_swapped",
     "make_subclass",
+    "rule_of_swapped",
     "swap_class",
+    "swap_module",
     "swapped_class",
 ]
 
 Adapter = Callable[..., Any]
-Undo = Callable[[], None]
 Ancestors = tuple[nn.Module, ...]
 
 
@@ -55,6 +60,9 @@ class Rule:
             first.
         around: for a module that does not attend itself: the modules it depends on. The rule is applied after the
             others, if one of these was converted.
+        attributes: names that `swap` sets; a module that has one of them already is left alone.
+        any_forward: whether the rule also serves a module whose forward is not that of the class.
+        again: what else a module needs that is given new settings.
     """
 
     name: str
@@ -62,18 +70,22 @@ class Rule:
     swap: Callable[[nn.Module, Sampling], Undo]
     why_not: Callable[[nn.Module, Ancestors], str | None] = _takes_all
     around: Callable[[nn.Module], Iterable[nn.Module]] | None = None
+    attributes: tuple[str, ...] = ("sampling",)
+    any_forward: bool = False
+    again: Callable[[nn.Module, Sampling], Undo] | None = None
 
 
 class RandomBatches:
     """What an adapter works with: the random batches of one call of one module."""
 
-    def __init__(self, module: nn.Module, original: type[nn.Module]) -> None:
+    def __init__(self, module: nn.Module, original: type[nn.Module], others: tuple[Other, ...] = ()) -> None:
         self._module = module
-        self._original = original
+        self.original = original
+        self.others = others
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, as its author wrote it."""
-        return self._original.forward(self._module, *args, **kwargs)
+        return self.original.forward(self._module, *args, **kwargs)
 
     def attend(
         self,
@@ -158,23 +170,12 @@ def add_adapter_rule(
     why_not: Callable[[nn.Module, Ancestors], str | None] = _takes_all,
 ) -> None:
     """Convert modules of `cls` by an adapter in place of their forward."""
+    others = other_tokens(cls)
 
     def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return adapter(module, RandomBatches(module, cls), *args, **kwargs)
+        return adapter(module, RandomBatches(module, cls, others), *args, **kwargs)
 
-    def swap(module: Any, sampling: Sampling) -> Undo:
-        if hasattr(module, "sampling"):
-            raise ValueError(f"{type(module).__name__} has an attribute `sampling` of its own; it cannot be converted")
-        undo_class = swap_class(module)
-        module.sampling = sampling
-
-        def undo() -> None:
-            undo_class()
-            del module.sampling
-
-        return undo
-
-    add_rule(cls, Rule(name, changes, swap, why_not), forward)
+    add_rule(cls, Rule(name, changes, swap_module, why_not), forward)
 
 
 def add_teacher(teacher: Callable[[type[nn.Module]], None]) -> None:
@@ -194,20 +195,34 @@ def _known_base(kind: type[nn.Module], known: Container[type]) -> type[nn.Module
 
 def find_rule(module: nn.Module, ancestors: Ancestors = ()) -> tuple[Rule | None, str | None]:
     """The rule for a module and None, or why there is none; `(None, None)` for a module that nobody claims."""
-    kind = type(module)
+    kind = bare_class(module)
     base = _known_base(kind, _RULES)
     if base is None:
         return None, None
-    if kind.forward is not base.forward:
+    rule = _RULES[base]
+    if kind.forward is not base.forward and not rule.any_forward:
         return None, (
             f"{kind.__name__} overrides the forward of {base.__name__}; "
             f"teach it with rb.convert.register({kind.__name__})"
         )
-    if "forward" in vars(module):
+    if "forward" in vars(module) and not rule.any_forward:
         return None, "its forward was replaced on the instance, so a rule for the class would not be called"
-    rule = _RULES[base]
-    reason = rule.why_not(module, ancestors)
+    reason = rule.why_not(module, ancestors) or why_taken(module, rule.attributes)
     return (rule, None) if reason is None else (None, reason)
+
+
+def has_random_batches(module: nn.Module) -> bool:
+    """Whether a module attends in random batches, by conversion or by itself, and can be given new settings."""
+    kind = bare_class(module)
+    base = None if is_swapped(module) else _known_base(kind, _RULES)
+    return sampling_of(module) is not None and (base is None or kind.forward is not base.forward)
+
+
+def rule_of_swapped(module: nn.Module) -> Rule | None:
+    """The rule by which a module was converted; None for one that has random batches by itself."""
+    original: type[nn.Module] | None = getattr(type(module), "_random_batch_original", None)
+    base = None if original is None else _known_base(original, _RULES)
+    return None if base is None else _RULES[base]
 
 
 def swapped_class(original: type[nn.Module]) -> type[nn.Module]:
@@ -241,17 +256,25 @@ def make_subclass(
 
 
 def _new(remake: Callable[[Any], type[nn.Module]], original: type[nn.Module]) -> nn.Module:
+    """What a pickle calls, perhaps in a process where nothing has been converted yet."""
+    importlib.import_module("randbatch.integrations").load_rules()
     cls = remake(original)
     return cls.__new__(cls)
 
 
 def swap_class(module: nn.Module) -> Undo:
     """Give the module the registered forward, in place."""
-    original = type(module)
-    module.__class__ = swapped_class(original)
+    return set_class(module, swapped_class(bare_class(module)))
+
+
+def swap_module(module: nn.Module, sampling: Sampling) -> Undo:
+    """Give the module the registered forward and its sampling, in place."""
+    undo_attributes = set_attributes(module, sampling=sampling)
+    undo_class = swap_class(module)
 
     def undo() -> None:
-        module.__class__ = original
+        undo_class()
+        undo_attributes()
 
     return undo
 

@@ -9,19 +9,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from randbatch._shapes import Bool
+from randbatch._numerics import has_no_numbers
+from randbatch._shapes import Bool, Shaped
+from randbatch.integrations.arguments import refuse_other_tokens
 from randbatch.integrations.rules import RandomBatches
 from randbatch.nn._sets import kept_where_zero
 
 __all__ = ["key_mask", "through_sdpa"]
 
 
+_NEVER = -1e4  # what older models add to the logits of padding: its exponential is 0 in every dtype
+
+
 def through_sdpa(module: nn.Module, batches: RandomBatches, *args: Any, **kwargs: Any) -> Any:
     """An adapter for any module whose forward calls `F.scaled_dot_product_attention` on `[B, H, N, D]`.
 
     The module's own forward runs; projections, norms, rotary positions and gates stay as they are. Only that one call
-    is answered by random batches. Masks of keys are respected; causal attention, cross-attention and masks between
-    tokens are refused.
+    is answered by random batches. Masks of keys are respected; causal attention and masks between tokens are refused.
+
+    It is for self-attention: row i of query and key is one token. Equal lengths do not prove it, and nothing else can
+    be seen in the call; what shows otherwise is refused: other lengths, and a `context`, `memory`, `key` or the like
+    in the arguments of the forward that is not its first argument. Register an adapter for nothing else.
 
     Raises:
         RuntimeError: the forward never called it.
@@ -37,6 +45,7 @@ def through_sdpa(module: nn.Module, batches: RandomBatches, *args: Any, **kwargs
         >>> model(torch.randn(1, 4, 1000, 16)).shape
         torch.Size([1, 4, 1000, 16])
     """
+    refuse_other_tokens(batches.original, batches.others, args, kwargs)
     calls: list[int] = []  # beside the mode: `torch.compile` does not see a mode's attributes
     with _InsteadOfSDPA(batches, calls):
         out = batches.forward(*args, **kwargs)
@@ -76,9 +85,9 @@ class _InsteadOfSDPA(TorchFunctionMode):
     ) -> Tensor:
         if is_causal:
             raise ValueError("is_causal must be False: a random batch has no order")
-        if query.dim() != 4 or key.shape[2] != query.shape[2]:
+        if query.dim() != 4 or key.dim() != 4 or key.shape[2] != query.shape[2] or key.shape[0] != query.shape[0]:
             raise ValueError(
-                f"query {list(query.shape)} and key {list(key.shape)} must both be [B, H, N, D] with the same N: "
+                f"query {list(query.shape)} and key {list(key.shape)} must both be [B, H, N, D] with the same B and N: "
                 "random batches are for self-attention"
             )
         if enable_gqa:
@@ -100,11 +109,24 @@ def key_mask(
     """
     if mask is None:
         return None
-    shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
-    if shape[1:] != (1, 1, num_tokens) or shape[0] not in (1, num_sets):
+    full = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape)) if mask.dim() < 4 else mask
+    row = full[:, :1, :1]
+    fits = full.dim() == 4 and full.shape[3] == num_tokens and full.shape[0] in (1, num_sets)
+    if not fits or full.shape[2] not in (1, num_tokens) or not _is_expanded(full, row):
         raise ValueError(
             f"{name} must be the same for every query and head, [B, 1, 1, N], got {list(mask.shape)}: random batches "
             "take no mask and no bias between tokens"
         )
-    kept = mask if mask.dtype == torch.bool else kept_where_zero(mask, name)
-    return kept.reshape(shape[0], num_tokens).expand(num_sets, -1)
+    if row.is_floating_point():
+        row = row.masked_fill(row <= _NEVER, -torch.inf)
+    kept = row if row.dtype == torch.bool else kept_where_zero(row, name)
+    return kept.reshape(full.shape[0], num_tokens).expand(num_sets, -1)
+
+
+def _is_expanded(full: Shaped[Tensor, "b h q n"], row: Shaped[Tensor, "b 1 1 n"]) -> bool:
+    """Whether a mask is one row for all queries and heads: by its strides, or else by its numbers."""
+    if all(full.shape[dim] == 1 or full.stride(dim) == 0 for dim in (1, 2)):
+        return True
+    if torch.compiler.is_compiling() or has_no_numbers(full):
+        return False  # no numbers to compare
+    return bool((full == row).all())

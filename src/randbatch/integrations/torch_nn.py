@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from randbatch.integrations.arguments import is_cross_by_name, why_not_itself
 from randbatch.integrations.rules import Ancestors, Rule, Undo, add_rule, make_subclass
+from randbatch.integrations.swap import bare_class, set_attributes, set_class
 from randbatch.nn.attention import RandomBatchAttention, no_fast_path
 from randbatch.nn.sampling import Sampling
 
@@ -22,7 +24,9 @@ def _why_not(module: nn.Module, ancestors: Ancestors) -> str | None:
         return f"it is cross-attention: kdim {attention.kdim} or vdim {attention.vdim} is not embed_dim"
     if attention.bias_k is not None or attention.add_zero_attn:
         return "add_bias_kv and add_zero_attn put a token into every set that belongs to no batch"
-    return None
+    if is_cross_by_name(module, ancestors):
+        return "its name says that it is cross-attention: random batches are for self-attention"
+    return why_not_itself(module, ancestors)
 
 
 @cache
@@ -34,17 +38,14 @@ def _subclass(original: type[Any]) -> type[nn.Module]:
 
 
 def _swap(module: nn.Module, sampling: Sampling) -> Undo:
-    attention: Any = module
-    original = type(module)
-    attention.__class__ = _subclass(original)
-    attention.interaction = "softmax"
-    attention.sampling = sampling
+    undo_attributes = set_attributes(module, sampling=sampling, interaction="softmax")
+    undo_class = set_class(module, _subclass(bare_class(module)))
     hook = module.register_forward_pre_hook(no_fast_path)
 
     def undo() -> None:
+        undo_class()
+        undo_attributes()
         hook.remove()
-        del attention.sampling, attention.interaction
-        attention.__class__ = original
 
     return undo
 
@@ -67,6 +68,7 @@ add_rule(
         "a token attends to its random batch; weights, causal masks and masks between tokens are refused when called",
         _swap,
         _why_not,
+        attributes=("sampling", "interaction"),
     ),
 )
 add_rule(
@@ -76,5 +78,7 @@ add_rule(
         "no nested tensors and no fused fast path in eval; padded rows come out as the layers make them, not as zeros",
         _no_nested_tensors,
         around=lambda module: module.modules() if module.use_nested_tensor else (),
+        attributes=(),
+        any_forward=True,
     ),
 )
