@@ -341,3 +341,20 @@ def test_backend_table_speaks() -> None:
         assert pick_backend("auto", hard) is BACKENDS["reference"]
         assert BACKENDS["sdpa"].why_not(hard) is not None
     assert pick_backend("auto", replace(problem, need_lse=False)) is BACKENDS["sdpa"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("options", [{"batch_size": 70}, {"batch_size": 9}, {"batch_size": 9, "rounds": 3}])
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "reference"])
+def test_any_strides(backend: str, options: dict, dtype: torch.dtype) -> None:
+    """Kernels may take the numbers of a head for adjacent; a view of another layout gives the same as its copy."""
+    whole = torch.randn(3, 70, 2, 4, 2).to(dtype)
+
+    def run(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        outs = [rb.random_batch_attention(*leaves, seed=0, backend=backend, **options), rb.full_attention(*leaves)]
+        out = torch.stack(outs)
+        return [out.detach(), *torch.autograd.grad(out.sin().sum(), leaves)]
+
+    for found, want in zip(run([x[..., 1] for x in whole]), run([x[..., 1].contiguous() for x in whole]), strict=True):
+        torch.testing.assert_close(found, want)

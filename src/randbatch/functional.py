@@ -116,6 +116,13 @@ def random_batch_attention(
     if tolerance is not None:
         refuse_transforms("tolerance", "give rounds instead")
         _check_tolerance_alone(rounds, partition, dropout_p, interaction)
+    if torch.compiler.is_compiling() and not _is_traceable(
+        batch, estimator, rounds, tolerance, interaction, chunk_batches
+    ):
+        raise NotImplementedError(
+            "torch.compile cannot trace the op with graphs, several rounds, a tolerance, chunks, the estimator 'corrected' "
+            "or linear attention: use rb.nn.RandomBatchAttention, or compile without fullgraph=True"
+        )
     if has_no_numbers(query):
         return value + 0.0 * (query.sum() + key.sum())  # of the right shape, dtype and graph
     if partition is not None:
@@ -155,6 +162,18 @@ def estimate(
             pipeline, rounds, estimator, interaction, options, chunk_batches, num_heads=query.shape[1]
         )
     return pick_estimator(estimator)(query, key, value, rounds, interaction, options)
+
+
+def _is_traceable(
+    batch: Tensor | None,
+    estimator: str,
+    rounds: int,
+    tolerance: float | None,
+    interaction: str,
+    chunk_batches: ChunkBatches,
+) -> bool:
+    one_set = batch is None and tolerance is None and chunk_batches is None and rounds == 1
+    return one_set and interaction == "softmax" and estimator != "corrected"
 
 
 def _warn_of_axes(query: Tensor) -> None:

@@ -309,7 +309,9 @@ def by_size(order: Tensor, sizes: Tensor, set_of_token: Tensor | None, set_sizes
 
 def out_of_inference() -> AbstractContextManager[Any]:
     """Where tensors may be kept for training; entering it costs nothing outside of inference mode."""
-    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return nullcontext()
+    return torch.inference_mode(False)
 
 
 def random_partition(

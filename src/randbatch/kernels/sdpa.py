@@ -84,6 +84,11 @@ def _is_flash(problem: Problem) -> bool:
     return _HAS_FLASH and problem.device.type == "cpu" and is_linear_memory(problem)
 
 
+def _turn(*tensors: Float[Tensor, "m p h _"]) -> list[Float[Tensor, "m h p _"]]:
+    """Heads before tokens; the kernel below SDPA takes the elements of a head for adjacent without a look."""
+    return [(x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2) for x in tensors]
+
+
 def _mask_of_shift(own_shift: Float[Tensor, "1 h"], width: int, dtype: torch.dtype) -> Float[Tensor, "1 h p p"]:
     return torch.diag_embed(own_shift.to(dtype).unsqueeze(-1).expand(-1, -1, width))
 
@@ -95,7 +100,7 @@ class _Flash(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, own_shift: Tensor | None, problem: Problem
     ) -> Tensor:
-        turned = [tensor.transpose(1, 2) for tensor in (query, key, value)]
+        turned = _turn(query, key, value)
         mask = None if own_shift is None else _mask_of_shift(own_shift, query.shape[1], query.dtype)
         out, lse = _flash._scaled_dot_product_flash_attention_for_cpu(*turned, attn_mask=mask, scale=problem.scale)
         ctx.save_for_backward(query, key, value, out, lse, own_shift)
@@ -113,7 +118,7 @@ class _Flash(torch.autograd.Function):
 
             return *pull_back(formula, (query, key, value), grads), None, None
         mask = None if own_shift is None else _mask_of_shift(own_shift, query.shape[1], query.dtype)
-        turned = [tensor.transpose(1, 2) for tensor in (grads[0], query, key, value)]
+        turned = _turn(grads[0], query, key, value)
         found = _flash._scaled_dot_product_flash_attention_for_cpu_backward(
             *turned, out, lse, 0.0, False, attn_mask=mask, scale=problem.scale
         )
@@ -145,7 +150,7 @@ def forward(
     """Without autograd, with the log-sum-exp."""
     if key.shape[1] < _NARROW:
         return reference.forward(query, key, value, problem)
-    turned = [tensor.transpose(1, 2) for tensor in (query, key, value)]
+    turned = _turn(query, key, value)
     mask = _mask(query.shape[1], problem)
     out, lse = _flash._scaled_dot_product_flash_attention_for_cpu(*turned, attn_mask=mask, scale=problem.scale)
     return out.transpose(1, 2), lse.transpose(1, 2)
@@ -163,7 +168,7 @@ def backward(
     """The kernel's own backward; `out` and `lse` may be those of attention over more keys."""
     if key.shape[1] < _NARROW:
         return reference.backward(grad, query, key, value, out, lse, problem)
-    turned = [tensor.transpose(1, 2) for tensor in (grad, query, key, value, out)]
+    turned = _turn(grad, query, key, value, out)
     grads = _flash._scaled_dot_product_flash_attention_for_cpu_backward(
         *turned,
         lse.transpose(1, 2).contiguous(),
