@@ -50,6 +50,32 @@ def test_encoder_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     check(monkeypatch, make, lambda model: model(make_input(model, 2, 11)), modules=1, batch_size=3)
 
 
+class MyEncoder(nn.TransformerEncoder):
+    def forward(self, *arguments, **options) -> Tensor:
+        return super().forward(*arguments, **options)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_an_encoder_with_a_forward_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make() -> nn.Module:
+        return MyEncoder(nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True), 2)
+
+    def call(model: nn.Module) -> Tensor:
+        return model(make_input(model, 3, 11), src_key_padding_mask=PADDING)[~PADDING]
+
+    check(monkeypatch, make, call, modules=2, batch_size=3)
+
+
+def test_cross_attention_of_equal_lengths_is_refused() -> None:
+    """Row i of query and key is not one token: the order of what is attended to would matter."""
+    attention = nn.MultiheadAttention(16, 4, batch_first=True).eval()
+    rb.convert(attention, 3)
+    x, memory = torch.randn(2, 1, 12, 16)
+    with pytest.raises(ValueError, match="self-attention"):
+        attention(x, memory, memory, need_weights=False)
+    assert attention(x, x, memory, need_weights=False)[0].shape == x.shape  # a value belongs to its key
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_nested_tensors_are_refused_where_the_encoder_was_not_converted() -> None:
     model = encoder().eval()

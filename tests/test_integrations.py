@@ -11,6 +11,7 @@ import transformers
 from converting import FLOAT64, ONE_BATCH, Calls, check
 from torch import Tensor, nn
 from torch_geometric.nn import GCNConv, GINConv, GPSConv, GraphNorm, Polynormer, SGFormer
+from torch_geometric.nn.aggr import GraphMultisetTransformer, SetTransformerAggregation
 from torch_geometric.nn.attention import PerformerAttention, PolynormerAttention, QFormer, SGFormerAttention
 
 import randbatch as rb
@@ -149,6 +150,21 @@ def test_padding_enters_no_sum(cls: type[nn.Module]) -> None:
         out = attention(x, mask)
     torch.testing.assert_close(out[1, :6], alone[0], **FLOAT64)
     assert (out[1, 6:] == 0).all()
+
+
+@pytest.mark.parametrize("cls", [SetTransformerAggregation, GraphMultisetTransformer])
+def test_pooling_is_left_alone(cls: type[nn.Module]) -> None:
+    """Its seeds ask the nodes; the self-attention beside it is converted."""
+    options = {"heads": 2} if cls is SetTransformerAggregation else {"heads": 2, "k": 3}
+    model = cls(16, **options).double().eval()
+    x = nodes(model, 27)
+    want = model(x, EQUAL)
+    report = rb.convert(model, ONE_BATCH)
+    assert {row.path.split(".")[0] for row in report.left_alone} <= {"pma", "pma1", "pma2"}
+    assert all("queries that are not the tokens" in row.reason for row in report.left_alone)
+    attentions = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    assert sorted(row.path for row in (*report.converted, *report.left_alone)) == sorted(attentions)
+    torch.testing.assert_close(model(x, EQUAL), want, **FLOAT64)
 
 
 @pytest.mark.parametrize("name", ["sgformer", "polynormer"])

@@ -161,6 +161,23 @@ def test_a_setting_by_the_user_is_switched_back_by_a_second_call() -> None:
     assert torch.equal(model(IDS).last_hidden_state, want)
 
 
+def test_parts_under_one_config_are_undone_in_any_order() -> None:
+    """A part that is still converted keeps its random batches."""
+    model = bert().eval()
+    full = model(IDS).last_hidden_state
+    first = rb.convert(model, 3, where="*layer.0.*")
+    second = rb.convert(model, 4, where="*layer.1.*")
+    first.undo()
+    assert not torch.allclose(model(IDS).last_hidden_state, full)
+    assert model.config.random_batch["batch_size"] == 4
+    third = rb.convert(model, 5, where="*layer.1.*")
+    second.undo()
+    third.undo()
+    assert torch.equal(model(IDS).last_hidden_state, full)
+    assert model.config._attn_implementation == "sdpa"
+    assert not hasattr(model.config, "random_batch")
+
+
 def test_a_saved_model_remembers_its_batches(tmp_path) -> None:
     """`from_pretrained` makes full attention; the config says what `convert` was told."""
     model = bert()

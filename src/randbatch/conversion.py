@@ -113,7 +113,13 @@ class Convert:
 
     Known are torch's `MultiheadAttention` (also inside its encoder layers), torch_geometric's `GPSConv`,
     `PerformerAttention`, `SGFormerAttention` and `PolynormerAttention`, the attentions of Hugging Face encoders and of
-    timm, and every class taught by `convert.register`. Whatever else looks like attention is named in the report.
+    timm, and every class taught by `convert.register`. Whatever else looks like attention is named in the report; so is
+    what is known to be cross-attention, causal, or biased between tokens.
+
+    A converted model can be copied, pickled and sent to another process, where a class taught by `convert.register`
+    must be taught first. Weights are those of the unconverted model, and load as before. With them transformers'
+    `from_pretrained` makes full attention; the config of each converted part, saved with it, says in its `random_batch`
+    what `convert` was told: `convert(model, **model.config.random_batch)` converts again.
 
     Args:
         model: any module.
@@ -319,7 +325,7 @@ def _change_settings(module: Any, sampling: Sampling) -> Undo:
     def undo() -> None:
         if undo_more is not None:
             undo_more()
-        if sampling_of(module) is sampling:  # else the conversion itself was undone first
+        if sampling_of(module) is sampling:  # else the conversion itself, or a later call, was undone otherwise
             module.sampling = before
 
     return undo

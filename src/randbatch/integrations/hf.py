@@ -12,10 +12,11 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from types import CodeType
 from typing import Any
+from weakref import ref
 
 from torch import Tensor, nn
 
@@ -40,7 +41,7 @@ _KEYWORDS = {
 }
 _BIAS = re.compile(r"rel(ative)?_?pos|position_bias|relative_(attention|k)|attention_bias(es)?$|decay", re.IGNORECASE)
 _REDUCED = re.compile(r"sequence_reduction$|^sr$|(kv|key|k)_?pool")
-_CAUSAL = {"create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask"}
+_CAUSAL = re.compile(r"(create|make|prepare|update)\w*_causal\w*_mask")
 _BLOCKS = {"generate_block_attention_mask"}
 
 
@@ -184,7 +185,7 @@ def _why_not_a_set(module: Any, ancestors: Ancestors) -> str | None:
     if bias is not None:
         return f"the model around it adds a bias between tokens (`{bias}`)"
     around = [_words(bare_class(ancestor).forward) for ancestor in sharing]
-    if any(_CAUSAL & words for words in around):
+    if any(_CAUSAL.search(word) for words in around for word in words):
         return "the model around it makes a causal mask: a random batch has no order"
     if any(words & _BLOCKS for words in around):
         return "the model around it makes a mask between tokens"
@@ -218,23 +219,48 @@ def _swap(module: Any, sampling: Sampling) -> Undo:
     return undo
 
 
+@dataclass
+class _Switched:
+    """A config that is set to random batches, and how many conversions want it to be."""
+
+    config: ref[Any]
+    before: str | None
+    record: dict[str, Any] | None
+    users: int = 0
+
+
+_switched: dict[int, _Switched] = {}  # by the id of the config, which has no hash
+
+
 def _switch(module: Any, sampling: Sampling) -> Undo:
-    """Let the config name an implementation that serves the module, and say what it is."""
+    """Let the config name an implementation that serves the module, and say what it is; undone with its last user."""
     register_over()
     config: Any = module.config
-    before, record = config._attn_implementation, vars(config).get("random_batch")
-    if not is_over(before):
+    shared = _switched.get(id(config))
+    if shared is None or shared.config() is not config:
+        shared = _Switched(ref(config), config._attn_implementation, vars(config).get("random_batch"))
+        _switched[id(config)] = shared
+    shared.users += 1
+    if not is_over(config._attn_implementation):
         # not the property, which would switch the configs inside it too
-        config._attn_implementation_internal = name_over(before)
+        config._attn_implementation_internal = name_over(config._attn_implementation)
     names = ("batch_size", "estimator", "rounds", "eval_rounds", "chunk_batches")
-    config.random_batch = {name: getattr(sampling, name) for name in names}
+    previous, record = vars(config).get("random_batch"), {name: getattr(sampling, name) for name in names}
+    config.random_batch = record
 
     def undo() -> None:
-        config._attn_implementation_internal = before
-        if record is None:
-            del config.random_batch
+        shared.users -= 1
+        last = shared.users == 0
+        if last:
+            _switched.pop(id(config), None)
+            config._attn_implementation_internal = shared.before
+        back = shared.record if last else previous
+        if not last and vars(config).get("random_batch") is not record:
+            return  # a later conversion has said what it is
+        if back is None:
+            vars(config).pop("random_batch", None)
         else:
-            config.random_batch = record
+            config.random_batch = back
 
     return undo
 

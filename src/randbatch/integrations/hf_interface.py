@@ -48,16 +48,19 @@ def attend(
     dropout: float = 0.0,
     is_causal: bool | None = None,
     output_attentions: bool | None = None,
+    causal_unless_said: bool = True,
     **options: Any,
 ) -> tuple[Shaped[Tensor, "b n h e"], None]:
     """An attention function, for a module whose attention is that of a set.
+
+    `causal_unless_said`: as transformers' sdpa has it, a module without a mask and without `is_causal` is causal; its
+    eager attention is not.
 
     Raises:
         ValueError: it is not, or a keyword came that is not known to leave the output as it is.
     """
     num_sets, num_heads, num_tokens, _ = query.shape
-    # as transformers' sdpa decides: without a mask, a module that does not say otherwise is causal
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = getattr(module, "is_causal", causal_unless_said) if is_causal is None else is_causal
     if is_causal or (causal and attention_mask is None and num_tokens > 1):
         raise ValueError("is_causal must be False: a random batch has no order")
     if output_attentions:
@@ -136,6 +139,7 @@ def _attend_over(before: str, functions: Any) -> Callable[..., Any]:
         """Modules that were left alone share their config with those that were converted."""
         sampling = sampling_of(module)
         if sampling is not None:
+            options["causal_unless_said"] = before != "eager"
             return attend(sampling, module, query, key, value, attention_mask, **options)
         function = _eager_of(module) if before == "eager" else functions[before]
         return function(module, query, key, value, attention_mask, **options)
