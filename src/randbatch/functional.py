@@ -120,8 +120,8 @@ def random_batch_attention(
         batch, estimator, rounds, tolerance, interaction, chunk_batches
     ):
         raise NotImplementedError(
-            "torch.compile cannot trace the op with graphs, several rounds, a tolerance, chunks, the estimator 'corrected' "
-            "or linear attention: use rb.nn.RandomBatchAttention, or compile without fullgraph=True"
+            "torch.compile cannot trace the op with graphs, several rounds, a tolerance, chunks, the estimator "
+            "'corrected' or linear attention: use rb.nn.RandomBatchAttention, or compile without fullgraph=True"
         )
     if has_no_numbers(query):
         return value + 0.0 * (query.sum() + key.sum())  # of the right shape, dtype and graph

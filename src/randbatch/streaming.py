@@ -169,13 +169,14 @@ class Gradients:
             [x for x, _ in known], [everything[i] for i in wanted], [g for _, g in known], allow_unused=True
         )
         for position, more in zip(wanted, found, strict=True):
-            total = self._totals[position]
-            if total is None or more is None:
+            total: Tensor | None = self._totals[position]
+            gradient: Tensor | None = more  # of what was not used there is none, whatever torch's annotation says
+            if total is None or gradient is None:
                 continue
             if position < len(self._tensors):
-                total.index_add_(0, rows, more)
+                total.index_add_(0, rows, gradient)
             else:
-                total.add_(more)
+                total.add_(gradient)
 
     def all(self) -> list[Tensor | None]:
         """In the order of tokens and parameters, None where none was needed."""
