@@ -165,18 +165,17 @@ class Gradients:
         everything = [*inputs, *self._parameters]
         counts = [True] * len(inputs) + list(used)
         wanted = [i for i, total in enumerate(self._totals) if total is not None and counts[i]]
-        found = torch.autograd.grad(
+        found: Any = torch.autograd.grad(
             [x for x, _ in known], [everything[i] for i in wanted], [g for _, g in known], allow_unused=True
         )
         for position, more in zip(wanted, found, strict=True):
-            total: Tensor | None = self._totals[position]
-            gradient: Tensor | None = more  # of what was not used there is none, whatever torch's annotation says
-            if total is None or gradient is None:
+            total = self._totals[position]
+            if total is None or more is None:  # of what was not used there is no gradient
                 continue
             if position < len(self._tensors):
-                total.index_add_(0, rows, gradient)
+                total.index_add_(0, rows, more)
             else:
-                total.add_(gradient)
+                total.add_(more)
 
     def all(self) -> list[Tensor | None]:
         """In the order of tokens and parameters, None where none was needed."""
