@@ -2,16 +2,20 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from fusing import FP32, assert_as_good, bias_of, dense, qkv, run
+from torch._subclasses import FakeTensorMode
 
 import randbatch as rb
 from randbatch.kernels import BACKENDS, Problem
-from randbatch.kernels.cpu import build, ops
+from randbatch.kernels.cpu import build, calls, ops
+from randbatch.kernels.fused import Batches
 from randbatch.orthogonal import draw_rounds
 
 PROBLEM = Problem(torch.device("cpu"), FP32, 16, 16, 0.25, need_lse=True)
@@ -158,23 +162,25 @@ def test_it_says_why_not(change: dict, reason: str) -> None:
 
 
 @pytest.fixture
-def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """Nothing built, and an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for function in (build._build, build._folder):
+    monkeypatch.setattr(build, "_told", set())
+    monkeypatch.setattr(build, "_given_up", [])
+    for function in (build._build, build._version):
         function.cache_clear()
     yield tmp_path / "randbatch"
-    for function in (build._build, build._folder):
+    for function in (build._build, build._version):
         function.cache_clear()
 
 
-def test_it_is_compiled_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ops.why_not_built_for(16, 16) is None
-    (made,) = fresh.iterdir()
+def test_it_is_compiled_once(fresh: Path) -> None:
+    assert ops.library_for(16, 16).why_not() is None
+    (made,) = fresh.glob("*.so")
     when = made.stat().st_mtime_ns
     build._build.cache_clear()
-    assert ops.why_not_built_for(16, 16) is None
-    assert [(path, path.stat().st_mtime_ns) for path in fresh.iterdir()] == [(made, when)]
+    assert ops.library_for(12, 3).why_not() is None
+    assert [(path, path.stat().st_mtime_ns) for path in fresh.glob("*.so")] == [(made, when)]
     assert fresh.stat().st_mode & 0o077 == 0
 
 
@@ -195,13 +201,108 @@ def test_without_a_compiler_it_refuses_and_auto_goes_on(fresh: Path, monkeypatch
 def test_a_compiler_that_fails_is_told(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "false")
     x = torch.randn(20, 2, 16)
-    with pytest.warns(UserWarning, match="could not be built"):
+    with pytest.warns(UserWarning, match="could not be used, torch's own functions are taken instead"):
         rb.random_batch_attention(x, x, x, batch_size=5)
     with pytest.raises(ValueError, match="false"):
         rb.random_batch_attention(x, x, x, batch_size=5, backend="cpu")
 
 
-def test_a_cache_of_somebody_else_is_not_used(fresh: Path) -> None:
-    fresh.parent.joinpath("randbatch").write_text("a file where the folder should be")
-    assert ops.why_not_built_for(16, 16) is None
-    assert build._folder() != fresh
+# What C++ is told
+
+
+def told(**change: object) -> None:
+    """Both directions for four tokens in two batches, with something in place of what belongs there."""
+    x, lse, order = torch.ones(4, 2, 16), torch.ones(4, 2), torch.arange(4)
+    parts = {"order": order, "starts": order[:2] * 2, "widths": torch.tensor([2, 2]), "groups": [2, 2]}
+    parts |= {"shift": None, "seed": None, "scale": 1.0, "dropout_p": 0.0}
+    tensors = {name: x.clone() for name in ("query", "key", "value", "out", "grad")} | {"lse": lse, "grad_lse": lse}
+    parts |= {name: value for name, value in change.items() if name in parts}
+    tensors |= {name: value for name, value in change.items() if name in tensors}
+    batches = Batches(**parts)
+    query, key, value, out = (tensors[name] for name in ("query", "key", "value", "out"))
+    functions = ops.library_for(16, 16).functions()
+    if "grad" not in change and "grad_lse" not in change:
+        calls.attend_forward(functions, query, key, value, out, tensors["lse"], batches, 1)
+    grads = change.get("grads", (x.clone(), x.clone(), x.clone()))
+    inputs = tensors["grad"], tensors["grad_lse"], query, key, value, out, tensors["lse"]
+    calls.attend_backward(functions, *inputs, grads, batches, 1)
+
+
+NEGATED = torch.ones(4, 2, 16, dtype=torch.complex64).conj().imag
+X = torch.ones(4, 2, 16)
+REFUSED = {
+    "a key of float64": ({"key": X.double()}, TypeError, "takes key of torch.float32, got torch.float64"),
+    "too few values": ({"value": X[:3]}, ValueError, "takes value of shape"),
+    "another size of keys": ({"key": X[:, :, :15]}, ValueError, "takes key of shape"),
+    "strides in a head": ({"query": torch.ones(4, 16, 2).mT}, ValueError, "adjacent numbers"),
+    "a meta tensor": ({"query": X.to("meta")}, TypeError, "in the memory of a CPU"),
+    "a sparse tensor": ({"query": X.to_sparse()}, TypeError, "in the memory of a CPU"),
+    "negated numbers": ({"query": NEGATED}, TypeError, "in the memory of a CPU"),
+    "an output of strides": ({"lse": torch.ones(2, 4).T}, ValueError, "takes lse contiguous"),
+    "an output of float16": ({"out": X.half()}, TypeError, "takes out of"),
+    "a short output": ({"out": X[:3]}, ValueError, "takes out of shape"),
+    "short gradients": ({"grads": (X, X, X[:3])}, ValueError, "takes the gradient of value of shape"),
+    "expanded sums": ({"grad_lse": torch.ones(1).expand(4, 2)}, ValueError, "takes grad_lse contiguous"),
+    "an order of int32": ({"order": torch.arange(4).int()}, TypeError, "takes order of torch.int64"),
+    "a short order": ({"order": torch.arange(3)}, ValueError, "takes order of shape"),
+    "one start": ({"starts": torch.zeros(1, dtype=torch.int64)}, ValueError, "takes starts of shape"),
+    "widths of a float": ({"widths": torch.full((2,), 2.0)}, TypeError, "takes widths of"),
+    "more tokens than there are": ({"groups": [2, 3]}, ValueError, "batches of 4 tokens in all"),
+    "negative widths": ({"groups": [-2, -2]}, ValueError, "batches of 4 tokens in all"),
+    "a shift of another shape": ({"shift": torch.zeros(2)}, ValueError, "takes shift of shape"),
+    "no seed": ({"dropout_p": 0.5}, ValueError, "one seed"),
+}
+
+
+@pytest.mark.unchecked
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cpp_would_misread_is_refused(name: str) -> None:
+    change, kind, text = REFUSED[name]
+    with pytest.raises(kind, match=text):
+        told(**change)
+
+
+def test_what_cpp_reads_as_it_is() -> None:
+    told()
+    told(order=torch.tensor([[3, 0], [0, 0], [1, 0], [2, 0]])[:, 0], shift=torch.zeros(1).expand(2, 2))
+    told(query=X[:1].expand(4, 2, 16), key=torch.nn.Parameter(X), value=torch.ones(4, 4, 16)[:, ::2])
+
+
+def test_tensors_without_numbers_are_refused() -> None:
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(X)
+    with pytest.raises(TypeError, match="got FakeTensor on cpu"):
+        told(query=fake)
+    with pytest.raises(TypeError, match="in the memory of a CPU"):
+        torch.func.vmap(lambda x: told(query=x) or x)(torch.ones(3, 4, 2, 16))
+
+
+@pytest.mark.parametrize("name", ["attend_forward", "attend_backward"])
+def test_no_memory_is_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of 2^50 tokens: no machine has room for one, and the process goes on."""
+    real = calls._told
+
+    def wide(*args: Any) -> Any:
+        described = real(*args)
+        described.widest = 2**50
+        return described
+
+    x, groups = torch.ones(4, 2, 16), [2, 2]
+    order = torch.arange(4)
+    batches = Batches(order, order[:2] * 2, torch.tensor([2, 2]), groups, None, None, 1.0, 0.0)
+    functions = ops.library_for(16, 16).functions()
+    monkeypatch.setattr(calls, "_told", wide)
+    with pytest.raises(MemoryError, match="take smaller batches"):
+        if name == "attend_forward":
+            calls.attend_forward(functions, x, x, x, x, x[..., 0].contiguous(), batches, 2)
+        else:
+            lse = x[..., 0].contiguous()
+            calls.attend_backward(functions, x, None, x, x, x, x, lse, (x, x, x), batches, 2)
+
+
+def test_a_trial_knows_nothing_of_its_caller(fresh: Path) -> None:
+    """Built where numbers are fake, rounded or not recorded, and nothing is drawn from the generator."""
+    state = torch.get_rng_state()
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16), torch.inference_mode(), torch.device("meta"):
+        assert ops.library_for(16, 16).why_not() is None
+    assert torch.equal(state, torch.get_rng_state())

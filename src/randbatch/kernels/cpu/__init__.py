@@ -30,7 +30,7 @@ def why_not(problem: Problem) -> str | None:
 
 @constant  # torch.compile need not understand how a compiler is called
 def _why_not_built(head_size: int, value_size: int) -> str | None:
-    return ops.why_not_built_for(head_size, value_size)
+    return ops.library_for(head_size, value_size).why_not()
 
 
 BACKEND = fused(why_not, ops.OPERATORS)
