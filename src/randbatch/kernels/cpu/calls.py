@@ -50,28 +50,31 @@ def _address(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -
         raise InvalidType(f"the compiled kernel takes {name} of {dtype}, got {x.dtype}")
     if x.shape != shape:
         raise InvalidValue(f"the compiled kernel takes {name} of shape {list(shape)}, got {list(x.shape)}")
-    if not _has_memory(x):
+    address = _memory(x)
+    if address is None:
         raise InvalidType(
             f"the compiled kernel takes {name} as a plain tensor in the memory of a CPU, got {type(x).__name__} on"
             f" {x.device}, whose numbers it cannot read as they are; use backend 'reference'"
         )
-    return x.data_ptr()
+    return address
 
 
-def _has_memory(x: Tensor) -> bool:
-    """Whether the numbers are in memory as they are: no wrapper, no fake, none that are negated when they are read."""
-    if x.device.type != "cpu" or x.layout != torch.strided or x.is_neg() or x.is_conj():
-        return False
+def _memory(x: Tensor) -> int | None:
+    """Where the numbers are, as they are; None of a wrapper, of fakes, and of what is negated when it is read."""
+    if not x.is_cpu or x.layout != torch.strided or x.is_neg() or x.is_conj():
+        return None
     try:
-        storage = x.untyped_storage()
-        return storage.device.type == "cpu" and storage.nbytes() >= x.itemsize * min(x.numel(), 1)
+        if type(x) is not Tensor and x.untyped_storage().device.type != "cpu":  # fakes say that they are on a CPU
+            return None
+        address = x.data_ptr()
     except (RuntimeError, NotImplementedError):  # a wrapper without storage
-        return False
+        return None
+    return address if address or not x.numel() else None
 
 
 def is_plain(x: Tensor) -> bool:
     """Whether the numbers are in memory as they are, one after the other."""
-    return _has_memory(x) and x.is_contiguous()
+    return _memory(x) is not None and x.is_contiguous()
 
 
 def _dense(name: str, x: Tensor, dtype: torch.dtype, *shape: int) -> ctypes.c_void_p:
