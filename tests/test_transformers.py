@@ -262,6 +262,7 @@ MODELS = {
     "layoutlm": ("equal", "2 LayoutLMSelfAttention"),
     "llama": ("left", "causal"),
     "markuplm": ("equal", "2 MarkupLMSelfAttention"),
+    "mbart": ("equal", "causal"),
     "mobilebert": ("equal", "2 MobileBertSelfAttention"),
     "modernbert": ("equal", "it attends inside a sliding window"),
     "pixtral": ("left", "mask between tokens"),

@@ -105,14 +105,18 @@ def refuse_other_tokens(
             )
 
 
+@cache
 def reads_last_row(kind: type[nn.Module]) -> bool:
-    """Whether a forward that takes a mask picks the last row, `x[:, -1]`, which may be padding."""
+    """Whether a forward that takes a mask picks the last row of hidden states, `states[:, -1]`; it may be padding."""
     forward = _forward_of(kind)
     if forward is None or "attention_mask" not in {argument.arg for argument in forward.args.args}:
         return False
-    indices = (node.slice for node in ast.walk(forward) if isinstance(node, ast.Subscript))
     return any(
-        isinstance(index, ast.Tuple) and len(index.elts) > 1 and ast.unparse(index.elts[1]) == "-1" for index in indices
+        isinstance(node, ast.Subscript)
+        and re.search(r"(hidden_states?|output|embeds)$", ast.unparse(node.value)) is not None
+        and isinstance(node.slice, ast.Tuple)
+        and [ast.unparse(index) for index in node.slice.elts[:2]] == [":", "-1"]
+        for node in ast.walk(forward)
     )
 
 
