@@ -170,9 +170,11 @@ def _shift(query: Tensor, part: Partition, problem: Problem, own_shift: OwnShift
         return query.new_full(shape, -torch.inf, dtype=torch.float32)
     if own_shift is None:
         return None
-    return torch.cat(
-        [shift.expand(rows, -1) for shift, (rows, _) in zip(own_shift, part.groups, strict=True)]
-    ).to(torch.float32)  # fmt: skip
+    shift = torch.cat(list(own_shift)).to(torch.float32)
+    if part.set_of_batch is not None:  # one for each batch
+        return shift
+    counts = torch.tensor([rows for rows, _ in part.groups]).to(shift.device, non_blocking=True)
+    return shift.repeat_interleave(counts, 0, output_size=part.num_batches)
 
 
 def _differentiate_again(

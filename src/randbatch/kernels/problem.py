@@ -50,13 +50,13 @@ class Problem:
         exclude_self: bool = False,
     ) -> Problem:
         """The problem posed by query `[…, D]` and value `[…, Dv]`; the default scale is 1/√D."""
-        size = query.shape[-1]
+        size, value_size = int(query.shape[-1]), int(value.shape[-1])  # no symbols: kernels are made for them
         factor = 1 / math.sqrt(size) if scale is None else scale
         return cls(
             query.device,
             query.dtype,
             size,
-            value.shape[-1],
+            value_size,
             factor,
             dropout_p,
             need_lse,

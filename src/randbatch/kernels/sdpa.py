@@ -84,7 +84,7 @@ def _is_flash(problem: Problem) -> bool:
     return _HAS_FLASH and problem.device.type == "cpu" and is_linear_memory(problem)
 
 
-def _turn(*tensors: Float[Tensor, "m p h _"]) -> list[Float[Tensor, "m h p _"]]:
+def _turn(*tensors: Float[Tensor, "m _ h _"]) -> list[Float[Tensor, "m h _ _"]]:
     """Heads before tokens; the kernel below SDPA takes the elements of a head for adjacent without a look."""
     return [(x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2) for x in tensors]
 

@@ -234,6 +234,10 @@ def apply_in_batches(
     if mask is not None:
         raise ValueError("mask is for padded sets [B, N, C]; flat tokens [N, C] take batch")
     chunk = sampling.chunk_batches
+    if chunk is not None and torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "torch.compile cannot trace chunk_batches here: set it to None, or compile without fullgraph=True"
+        )
     if chunk == "auto":
         raise ValueError("chunk_batches must be an int or None here: what any function needs of memory is not known")
 
