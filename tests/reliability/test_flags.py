@@ -215,7 +215,7 @@ def checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-class Measured(Exception):  # noqa: N818, no error
+class Measured(Exception):
     """The settings were good enough to measure with."""
 
 
