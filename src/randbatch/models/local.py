@@ -58,7 +58,7 @@ def pass_messages(conv: nn.Module, x: Float[Tensor, "n c"], edges: tuple[Tensor,
 _STRIDED = "say model.prepare_edges(edge_index, num_nodes, sparse=False)"
 
 
-def _refuse_recorded(grad: Tensor) -> None:
+def _refuse_recorded(grad: Tensor | None) -> None:
     """Torch's mean over neighbours has no second derivative; its own message does not say what does."""
     refuse_second_derivative("the mean over neighbours by a sparse product", _STRIDED)
 

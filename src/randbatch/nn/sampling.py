@@ -234,9 +234,10 @@ def apply_in_batches(
     if mask is not None:
         raise ValueError("mask is for padded sets [B, N, C]; flat tokens [N, C] take batch")
     chunk = sampling.chunk_batches
-    if chunk is not None and torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and (chunk is not None or (training and sampling.rounds > 1)):
         raise NotImplementedError(
-            "torch.compile cannot trace chunk_batches here: set it to None, or compile without fullgraph=True"
+            "torch.compile cannot trace chunk_batches, or several rounds in training, of a wrapped module: leave them out, "
+            "or compile without fullgraph=True"
         )
     if chunk == "auto":
         raise ValueError("chunk_batches must be an int or None here: what any function needs of memory is not known")
