@@ -236,8 +236,8 @@ def apply_in_batches(
     chunk = sampling.chunk_batches
     if torch.compiler.is_compiling() and (chunk is not None or (training and sampling.rounds > 1)):
         raise NotImplementedError(
-            "torch.compile cannot trace chunk_batches, or several rounds in training, of a wrapped module: leave them out, "
-            "or compile without fullgraph=True"
+            "torch.compile cannot trace chunk_batches, or several rounds in training, of a wrapped module: leave them "
+            "out, or compile without fullgraph=True"
         )
     if chunk == "auto":
         raise ValueError("chunk_batches must be an int or None here: what any function needs of memory is not known")

@@ -1,0 +1,12 @@
+"""Weights that are not plain parameters, cell by cell."""
+
+import weights
+from harness import cells, check_cell
+from table import SECTIONS
+
+SECTION = SECTIONS["weights"]
+
+
+@cells(SECTION, weights.COLUMNS)
+def test_cell(key: str, name: str) -> None:
+    check_cell(SECTION, weights.COLUMNS, key, name)
