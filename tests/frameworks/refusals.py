@@ -191,6 +191,10 @@ OTHERS = (
 )
 
 EAGER = "Run it without compiling."
+WRAPPED = (
+    "torch.compile cannot trace chunk_batches, or several rounds in training, of a wrapped module: leave them out, "
+    "or compile without fullgraph=True"
+)
 COMPILED = (
     Refusal(
         "torch.compile cannot trace the op with graphs, several rounds, a tolerance, chunks, the estimator 'corrected' "
@@ -205,15 +209,14 @@ COMPILED = (
         "Leave out `batch` and mask, or compile without `fullgraph=True`.",
     ),
     Refusal(
-        "torch.compile cannot trace chunk_batches here: set it to None, or compile without fullgraph=True",
+        WRAPPED,
         ("compile*", "export*"),
         (("wrapper", "chunks"),),
     ),
     Refusal(
-        "Could not guard on data-dependent expression",
-        ("compile",),
+        WRAPPED,
+        ("compile",),  # the other columns are in eval
         (("wrapper", "rounds"),),
-        "In training, several rounds of `RandomBatch` compile without `fullgraph=True`; in eval they are one graph.",
     ),
     Refusal(
         "Unsupported input type <class 'randbatch.partition.Partition'>",
