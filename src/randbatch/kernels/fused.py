@@ -170,8 +170,10 @@ def _shift(query: Tensor, part: Partition, problem: Problem, own_shift: OwnShift
         return query.new_full(shape, -torch.inf, dtype=torch.float32)
     if own_shift is None:
         return None
-    shift = torch.cat(list(own_shift)).to(torch.float32)
-    if part.set_of_batch is not None:  # one for each batch
+    shift = torch.cat(
+        [x if x.shape[0] == 1 else x.expand(rows, -1) for x, (rows, _) in zip(own_shift, part.groups, strict=True)]
+    ).to(torch.float32)
+    if any(x.shape[0] != 1 for x in own_shift):  # one for each batch; a group of one batch has one either way
         return shift
     counts = torch.tensor([rows for rows, _ in part.groups]).to(shift.device, non_blocking=True)
     return shift.repeat_interleave(counts, 0, output_size=part.num_batches)

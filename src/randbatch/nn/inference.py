@@ -41,8 +41,8 @@ def set_inference(
             batches in the model.
 
     Example:
+        >>> import torch, randbatch as rb
         >>> layer = torch.nn.TransformerEncoderLayer(16, 4, batch_first=True)
-        >>> import randbatch as rb
         >>> _ = rb.convert(layer, batch_size=8)
         >>> rb.set_inference(layer, mode="exact")
         1
