@@ -19,6 +19,7 @@ from randbatch.nn import calls
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls, "_warned", False)
     monkeypatch.setattr(calls, "_last", None)
+    monkeypatch.setattr(calls, "_compared", set())
 
 
 def reached(model: nn.Module, num_tokens: int = 64) -> int:
@@ -79,7 +80,10 @@ def test_comparing_copies_is_no_reason_to_warn() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         layer(x)
-        copy.deepcopy(layer)(x)
+        twice = copy.deepcopy(layer)
+        twice(x.clone())
+        layer(3 * x)
+        twice(3 * x)
         twin(torch.randn(64, 16))
         layer(x)
         layer(2 * x)

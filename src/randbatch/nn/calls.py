@@ -104,6 +104,7 @@ def assign_seeds(root: nn.Module, samplings: Iterable[tuple[str, Sampling]], see
 
 _last: tuple[int, Any, Tensor] | None = None
 _warned = False
+_compared: set[int] = set()  # origins whose copies were called on one input: they are models that somebody compares
 
 
 def notice_shared_seed(sampling: Sampling, seed: int, x: Tensor) -> None:
@@ -115,9 +116,11 @@ def notice_shared_seed(sampling: Sampling, seed: int, x: Tensor) -> None:
     if before is None or before[0] != seed:
         return
     other = before[1]()
-    if other is None or other is sampling or other.origin != sampling.origin:
+    if other is None or other is sampling or other.origin != sampling.origin or sampling.origin in _compared:
         return
-    if not _is_alike(before[2], _last[2]):
+    if _is_alike(before[2], _last[2]):
+        _compared.add(sampling.origin)
+    else:
         _warned = True
         warnings.warn(
             "a module and its deep copy drew the same random batches in eval; if they are layers of one model, tokens "
