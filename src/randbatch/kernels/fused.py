@@ -170,11 +170,11 @@ def _shift(query: Tensor, part: Partition, problem: Problem, own_shift: OwnShift
         return query.new_full(shape, -torch.inf, dtype=torch.float32)
     if own_shift is None:
         return None
-    shift = torch.cat(
-        [x if x.shape[0] == 1 else x.expand(rows, -1) for x, (rows, _) in zip(own_shift, part.groups, strict=True)]
-    ).to(torch.float32)
-    if any(x.shape[0] != 1 for x in own_shift):  # one for each batch; a group of one batch has one either way
-        return shift
+    if not torch.compiler.is_compiling():
+        pairs = zip(own_shift, part.groups, strict=True)
+        return torch.cat([shift.expand(rows, -1) for shift, (rows, _) in pairs]).to(torch.float32)
+    # traced is one set alone, whose numbers of batches may be symbols: an expansion would keep one of them from being 1
+    shift = torch.cat(list(own_shift)).to(torch.float32)
     counts = torch.tensor([rows for rows, _ in part.groups]).to(shift.device, non_blocking=True)
     return shift.repeat_interleave(counts, 0, output_size=part.num_batches)
 
