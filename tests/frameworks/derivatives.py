@@ -9,7 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from subjects import SMALL, N, P, Subject, as_judge
+from subjects import SMALL, P, Subject, as_judge
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
@@ -48,12 +48,12 @@ def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
 
 
 def differences(
-    subject: Subject, training: bool, function: Callable[[nn.Module, list[Tensor]], Any], p: int = P, n: int = N
+    subject: Subject, training: bool, function: Callable[[nn.Module, list[Tensor]], Any], p: int = P
 ) -> Any:
     """The central difference, along `directions` of inputs and parameters, of what `function` gives in float64."""
-    module, inputs = as_judge(subject.module(p)).train(training), subject.inputs(n, torch.float64)
+    module, inputs = as_judge(subject.module(p)).train(training), subject.inputs(dtype=torch.float64)
     moved = leaves(module, inputs)
-    along = [v.double() for v in directions(subject.inputs(n) + [x.float() for x in moved[len(inputs) :]])]
+    along = [v.double() for v in directions(subject.inputs() + [x.float() for x in moved[len(inputs) :]])]
 
     def at(step: float) -> Any:
         with torch.no_grad():

@@ -215,7 +215,7 @@ COMPILED = (
     ),
     Refusal(
         WRAPPED,
-        ("compile",),  # the other columns are in eval
+        ("compile", "compile, second derivative"),  # the other columns are in eval
         (("wrapper", "rounds"),),
     ),
     Refusal(
@@ -237,9 +237,8 @@ COMPILED = (
         (("full chunks",),),
         "Leave out `chunk_size`.",
     ),
-    Refusal("compiled with non-empty donated buffers", ("compile, second derivative",), (("local gat",),), EAGER),
     Refusal(
-        "torch.compile with aot_autograd does not currently support double backward",
+        "compiled with non-empty donated buffers which requires create_graph=False",
         ("compile, second derivative",),
         ((),),
         EAGER,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from subjects import N, Op, Others, P, Subject
+from subjects import Op, Others, P, Subject
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -28,7 +28,7 @@ def meta(subject: Subject) -> None:
         want = subject.call(module, subject.inputs())
         module = module.to("meta")
         inputs = [x.detach().to("meta").requires_grad_() for x in subject.inputs()]
-        out = subject.call(module, inputs, _moved(subject.others(N), lambda x: x.to("meta")))
+        out = subject.call(module, inputs, _moved(subject.others(subject.n), lambda x: x.to("meta")))
         assert out.is_meta
         assert (out.shape, out.dtype) == (want.shape, want.dtype)
         out.sum().backward()
@@ -48,9 +48,9 @@ def fake(subject: Subject) -> None:
             for name, tensor in [*owner.named_buffers(recurse=False)]:
                 delattr(owner, name)
                 owner.register_buffer(name, mode.from_tensor(tensor))
-        others = _moved(subject.others(N), mode.from_tensor)
+        others = _moved(subject.others(subject.n), mode.from_tensor)
         with mode:
-            inputs = [torch.empty(shape, requires_grad=True) for shape in subject.shapes(N)]
+            inputs = [torch.empty(shape, requires_grad=True) for shape in subject.shapes(subject.n)]
             out = subject.call(module, inputs, others)
             assert (out.shape, out.dtype) == (want.shape, want.dtype)
             out.sum().backward()
@@ -87,7 +87,7 @@ class Inputs(nn.Module):
     def __init__(self, subject: Subject, module: nn.Module) -> None:
         super().__init__()
         self.module, self._subject = module, subject
-        self._others = subject.others(N)
+        self._others = subject.others(subject.n)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return self._subject.call(self.module, list(inputs), self._others)

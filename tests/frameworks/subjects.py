@@ -77,10 +77,15 @@ class Subject:
                 parameter.add_(torch.randn_like(parameter), alpha=0.2)
         return module
 
-    def inputs(self, n: int = N, dtype: torch.dtype = torch.float32, seed: int = 1) -> list[Tensor]:
+    @property
+    def n(self) -> int:
+        """N; what is interpreted gets fewer tokens."""
+        return N if self.backend != "triton" else 2 * SMALL[0]
+
+    def inputs(self, n: int | None = None, dtype: torch.dtype = torch.float32, seed: int = 1) -> list[Tensor]:
         """Leaves; those of float64 are the same numbers."""
         generator = torch.Generator().manual_seed(seed)
-        drawn = [torch.randn(shape, generator=generator) for shape in self.shapes(n)]
+        drawn = [torch.randn(shape, generator=generator) for shape in self.shapes(self.n if n is None else n)]
         return [x.to(dtype).requires_grad_() for x in drawn]
 
     def call(self, module: Any, inputs: list[Tensor], others: Others | None = None) -> Tensor:

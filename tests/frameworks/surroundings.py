@@ -179,11 +179,10 @@ def deterministic() -> Iterator[None]:
 
 def _inside(context: Callable[[], Any]) -> Callable[[Subject], None]:
     def column(subject: Subject) -> None:
-        for training in (True, False):
-            want = backward(subject.call, subject.module().train(training), subject.inputs())
-            with context():
-                found = backward(subject.call, subject.module().train(training), subject.inputs())
-            torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+        want = backward(subject.call, subject.module(), subject.inputs())
+        with context():
+            found = backward(subject.call, subject.module(), subject.inputs())
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
 
     return column
 
@@ -205,12 +204,11 @@ def another_default() -> Iterator[None]:
 
 def default_dtype(subject: Subject) -> None:
     """`torch.set_default_dtype(float64)` around tensors and weights of float32."""
-    for training in (True, False):
-        want = backward(subject.call, subject.module().train(training), subject.inputs())
-        module, inputs = subject.module().train(training), subject.inputs()
-        with another_default():
-            found = backward(subject.call, module, inputs)
-        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+    want = backward(subject.call, subject.module(), subject.inputs())
+    module, inputs = subject.module(), subject.inputs()
+    with another_default():
+        found = backward(subject.call, module, inputs)
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
 
 
 def without_gradients(subject: Subject) -> None:

@@ -103,7 +103,7 @@ SECTIONS = {
         "row.",
         {
             "compile": "`torch.compile(fullgraph=True)` in training; ten new tensors, one compilation",
-            "compile, second derivative": "`create_graph=True` through a compiled module",
+            "compile, second derivative": "`create_graph=True` through that",
             "export": "`torch.export.export`, in eval",
         },
         only=lambda subject: "backend triton" not in subject.traits,
@@ -173,7 +173,7 @@ SECTIONS = {
     ),
     "surroundings": Section(
         "What else goes on in a process",
-        "Output and gradients are those of a call without.",
+        "In training. Output and gradients are those of a call without.",
         {
             "inference_mode first": "a call, a partition or `prepare_edges` under `inference_mode`, then training",
             "set_num_threads between": "`torch.set_num_threads` between forward and backward",

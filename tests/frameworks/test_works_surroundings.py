@@ -1,8 +1,11 @@
 """Hooks, replaced parts, and what else goes on in a process, cell by cell."""
 
+import pytest
 import surroundings
 from harness import cells, check_cell
 from table import SECTIONS
+
+pytestmark = pytest.mark.unchecked  # `test_works_memory` calls every row with annotations checked
 
 
 @cells(SECTIONS["surroundings"], surroundings.COLUMNS_OF_ALL)
