@@ -126,7 +126,7 @@ def _exported(dynamic: bool) -> Callable[[Subject], None]:
         shapes = _by_size(inputs, auto), (_by_size(others[0], auto), _by_size(others[1], auto))
         program = torch.export.export(row, (inputs, others), dynamic_shapes=shapes if dynamic else None).module()
         with torch.no_grad():
-            for n in (70, 91) if dynamic else (70,):
+            for n in (70, 91) if dynamic else (N,):
                 for seed in (1, 2):
                     given, beside = [x.detach() for x in subject.inputs(n, seed=seed)], others_of(subject, row, n)
                     torch.manual_seed(5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from itertools import cycle
 from typing import Any
 from unittest.mock import patch
@@ -72,6 +73,12 @@ def differences(
     return [(a - b) / (2 * STEP) for a, b in zip(ahead, behind, strict=True)]
 
 
+@cache
+def slope(subject: Subject, training: bool) -> Tensor:
+    """The central difference of `value`."""
+    return differences(subject, training, lambda m, x: value(subject, m, x).detach())
+
+
 @contextmanager
 def fitted_once(call: Callable[[], Any]) -> Iterator[None]:
     """The weights of `corrected` have no gradient, and say so: they stay those of a first call."""
@@ -100,7 +107,7 @@ def gradient(subject: Subject) -> None:
             want = _own_difference(subject, module, inputs)
             check_close([dot(found, directions(leaves(module, inputs)))], [want], 2e-2)
             continue
-        want = differences(subject, training, lambda m, x: value(subject, m, x).detach())
+        want = slope(subject, training)
         check_close([dot(found, directions(leaves(module, inputs)))], [want], 1e-3)
 
 
@@ -215,7 +222,7 @@ def forward_func(subject: Subject) -> None:
     for training in (True, False):
         function, start = _pure(subject, subject.module().train(training), subject.inputs())
         _, found = jvp(function, tuple(start), tuple(directions(start)))
-        want = differences(subject, training, lambda m, x: value(subject, m, x).detach())
+        want = slope(subject, training)
         check_close([found], [want], 1e-3)
 
 
@@ -226,7 +233,7 @@ def forward_dual(subject: Subject) -> None:
         with forward_ad.dual_level():
             duals = [forward_ad.make_dual(x, v) for x, v in zip(start, directions(start), strict=True)]
             found = forward_ad.unpack_dual(function(*duals)).tangent
-        want = differences(subject, training, lambda m, x: value(subject, m, x).detach())
+        want = slope(subject, training)
         check_close([found], [want], 1e-3)
 
 

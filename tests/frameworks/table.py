@@ -39,7 +39,7 @@ def _has_sizes(subject: Subject) -> bool:
     traits = subject.traits
     merged = "rounds" in traits and traits & {"debiased", "dropout", "padded"}
     alike = merged or traits & {"corrected", "linear", "chunks"}
-    if subject.group == LAYER and alike:
+    if (subject.group == LAYER and alike) or (subject.group == MODEL and "local sage" not in traits):
         return False
     return subject.backend is None and "inner TransformerEncoderLayer" not in traits
 
@@ -120,9 +120,10 @@ SECTIONS = {
     "sizes": Section(
         "Compile and export for any number of tokens",
         "In eval, for ten numbers of tokens. What the layer computes in one operator that the compiler does not look "
-        "into is the same program whatever the options, and has three rows: several rounds, `batch`, padded sets. What "
-        "takes half a minute to compile for any number of tokens has none: the formula in plain torch in place of a "
-        "kernel, and torch's encoder layer inside `RandomBatch`.",
+        "into is the same program whatever the options, and has three rows: several rounds, `batch`, padded sets. "
+        "GraphTransformer, which is that layer and a convolution, has one. What takes half a minute to compile for any "
+        "number of tokens has none: the formula in plain torch in place of a kernel, and torch's encoder layer inside "
+        "`RandomBatch`.",
         {
             "compile, dynamic": "`torch.compile(fullgraph=True, dynamic=True)`; at most four compilations",
             "export, dynamic N": "`torch.export.export` with a dynamic dimension",
