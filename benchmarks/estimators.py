@@ -19,8 +19,7 @@ from torch import Tensor
 
 import randbatch as rb
 from randbatch.estimators.mean_field import Moments, add_mean_field
-from randbatch.estimators.met import attend_to_met
-from randbatch.interactions import Options
+from randbatch.interactions import Options, Softmax
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -45,7 +44,7 @@ def errors(inputs: tuple[Tensor, Tensor, Tensor], exact: Tensor, part: rb.Partit
         return add_mean_field(query, key, value, value, moments, scale, tuple(weights))
 
     whole, of_batch = field(1.0, 0.0), field(0.0, -1.0)
-    local = attend_to_met(query, key, value, [part], Options(), 1.0)
+    local = Softmax().in_batches(part, (query, key, value), Options(), 1.0)
     design = torch.stack([(local - whole).flatten(), (whole - of_batch).flatten()], dim=1).double()
     target = (exact - whole).flatten().double()
     best = whole.double().flatten() + design @ torch.linalg.lstsq(design, target.unsqueeze(1)).solution.squeeze(1)

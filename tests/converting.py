@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import randbatch as rb
 from randbatch.nn import Sampling
-from randbatch.nn.sampling import sampling_of
+from randbatch.nn.config import sampling_of
 
 ONE_BATCH = 10**6
 FLOAT64 = {"rtol": 1e-10, "atol": 1e-10}

@@ -5,16 +5,17 @@ import math
 
 import pytest
 import torch
+from merging import attend_to_met
 from torch import Tensor
 
 import randbatch as rb
 from randbatch.estimators import ESTIMATORS, anchors
 from randbatch.estimators.anchors import Weights
 from randbatch.estimators.mean_field import Moments, add_mean_field
-from randbatch.estimators.met import _merge_rounds, attend_to_met
 from randbatch.interactions import Options
+from randbatch.interactions.merge import log_kappa
 from randbatch.kernels import BACKENDS, Problem
-from randbatch.orthogonal import OrthogonalRounds
+from randbatch.orthogonal import OrthogonalRounds, draw_rounds
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 EXACT = {"rtol": 1e-11, "atol": 1e-12}
@@ -34,7 +35,7 @@ def met_matrix(parts, num_tokens: int) -> Tensor:
 
 
 def by_formula(query: Tensor, key: Tensor, value: Tensor, parts, debias: float, others: Tensor) -> Tensor:
-    """The whole matrix of weights, masked and weighted as `randbatch.estimators.met` says."""
+    """The whole matrix of weights, masked and weighted as `randbatch.interactions.rounds` says."""
     met = met_matrix(parts, len(query)).fill_diagonal_(False)
     kappa = others.double() / met.sum(1).clamp(min=1)
     logits = torch.einsum("ihd,jhd->hij", query, key) / math.sqrt(query.shape[-1])
@@ -123,7 +124,8 @@ def test_numerator_and_denominator_of_debiased_are_unbiased_with_the_predicted_v
     samples = []
     for seed in range(seeds):
         part = rb.random_partition(num_tokens, batch_size, seed=seed)
-        out, lse, kappa = _merge_rounds(BACKENDS["sdpa"].forward, (query, key, value), [part], problem)
+        out, lse = BACKENDS["sdpa"].forward(query, key, value, part, problem)
+        kappa = log_kappa(part.unpack(part.count_others()), part.unpack(part.count_met()))
         denominator = (lse + kappa.unsqueeze(1)).exp()
         samples.append(torch.cat([out.squeeze(1) * denominator, denominator], dim=1))
     sampled = torch.stack(samples)  # [seeds, i, E + 1]
@@ -168,7 +170,7 @@ def test_gradcheck(estimator: str, rounds: int, monkeypatch: pytest.MonkeyPatch)
     for batch in (None, torch.arange(13) % 5 // 3):
         rows = torch.rand(3, 1 if batch is None else 2, 2, dtype=torch.float64)
         weights = Weights(rows[0].round(), *rows)
-        monkeypatch.setattr("randbatch.estimators.control_variate.fit_weights", lambda *_, weights=weights: weights)
+        monkeypatch.setattr("randbatch.estimators.corrected.fit_weights", lambda *_, weights=weights: weights)
         options = {"batch_size": 4, "rounds": rounds, "estimator": estimator, "seed": 1, "batch": batch}
         assert torch.autograd.gradcheck(
             functools.partial(rb.random_batch_attention, **options), qkv(13, size=3), fast_mode=True
@@ -376,10 +378,30 @@ def test_extreme_input(estimator: str) -> None:
     assert empty.shape == (0, 2, 6)
 
 
-@pytest.mark.parametrize("estimator", ["debiased", "corrected"])
-def test_linear_attention_is_refused(estimator: str) -> None:
-    with pytest.raises(ValueError, match=f"estimator '{estimator}' is for interaction 'softmax', got 'linear'"):
-        rb.random_batch_attention(*qkv(9), batch_size=4, estimator=estimator, interaction="linear")
+def test_corrected_linear_attention_is_refused() -> None:
+    with pytest.raises(ValueError, match="estimator 'corrected' cannot serve interaction 'linear': its mean field"):
+        rb.random_batch_attention(*qkv(9), batch_size=4, estimator="corrected", interaction="linear")
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+@pytest.mark.parametrize("chunk_batches", [None, 2])
+def test_debiased_linear_attention_is_its_formula(rounds: int, chunk_batches: int | None) -> None:
+    inputs, batch = qkv(29), torch.arange(29) % 11 // 4
+    options = {"batch_size": 4, "rounds": rounds, "batch": batch, "seed": 2, "chunk_batches": chunk_batches}
+    out = rb.random_batch_attention(*inputs, estimator="debiased", interaction="linear", **options)
+    parts = [rb.random_partition(29, 4, batch=batch, seed=2)]
+    if rounds > 1:
+        parts = list(draw_rounds(29, 4, rounds, batch=batch, seed=2))
+    met = met_matrix(parts, 29).fill_diagonal_(False)
+    kappa = (torch.bincount(batch)[batch] - 1) / met.sum(1).clamp(min=1)
+    query, key, value = inputs
+    maps = [torch.nn.functional.elu(x) + 1 for x in (query, key)]
+    weights = torch.einsum("ihd,jhd->ijh", *maps)
+    weights = weights * (met * kappa.unsqueeze(1) + torch.eye(29)).unsqueeze(2)
+    want = torch.einsum("ijh,jhe->ihe", weights / weights.sum(dim=1, keepdim=True), value)
+    torch.testing.assert_close(out, want, **EXACT)
+    found, expected = (torch.autograd.grad(y.sin().sum(), inputs) for y in (out, want))
+    torch.testing.assert_close(found, expected, **EXACT)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

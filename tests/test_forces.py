@@ -89,14 +89,18 @@ def model() -> nn.Module:
 
 def test_a_model_is_looked_at_layer_by_layer_and_left_as_it_was() -> None:
     net, x = model().train(), torch.randn(1, 50, 16)
-    net.layers[0].self_attn.sampling.eval_rounds = 3  # type: ignore[union-attr, index]
-    before = {name: copy.copy(module.sampling) for name, module in net.named_modules() if hasattr(module, "sampling")}
+    net.layers[0].self_attn.randbatch_config.eval_rounds = 3  # type: ignore[union-attr, index]
+    before = {
+        name: copy.copy(module.randbatch_config) for name, module in net.named_modules() if hasattr(module, "sampling")
+    }
     found = random_force(net, x, batch_sizes=(8,), draws=2)
     errors = output_error(net, x, batch_sizes=(8, 25, 50), draws=2)
     assert [one.layer for one in found] == ["layers.0.self_attn", "layers.1.self_attn"]
     assert [one.estimator for one in errors] == ["plain", "debiased", "corrected"]
     assert all(module.training for module in net.modules())
-    assert before == {name: module.sampling for name, module in net.named_modules() if hasattr(module, "sampling")}
+    assert before == {
+        name: module.randbatch_config for name, module in net.named_modules() if hasattr(module, "sampling")
+    }
     for one in errors:
         assert one.error[50] < 1e-6  # whole sets
         assert one.error[8] > one.error[25] > one.error[50]

@@ -1,17 +1,16 @@
 """Linear attention against its formula in float64 logarithms, for numbers of any size."""
 
-import functools
 import math
 
 import numpy as np
 import pytest
 import torch
+from merging import Listed
 from torch import Tensor
 
 import randbatch as rb
-from randbatch.estimators.met import merge
-from randbatch.interactions import Options
-from randbatch.interactions.linear import count_once, linear_attention
+from randbatch.interactions import Linear, Options
+from randbatch.interactions.rounds import Projections, merge_rounds
 
 
 def by_formula(query: Tensor, key: Tensor, value: Tensor, met: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -57,7 +56,7 @@ def test_numbers_of_any_size(dtype: torch.dtype, query_at: float, key_at: float)
     out = attend(query, key, value)
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(out.double(), want, rtol=4 * eps, atol=8 * eps)
-    found = linear_attention(query, key, value, rb.random_partition(20, 20), Options(need_log_norm=True))[1]
+    found = total_weight(query, key, value, rb.random_partition(20, 20))
     wide = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     torch.testing.assert_close(found.double(), log_norm, rtol=4 * wide, atol=8 * wide)
 
@@ -103,13 +102,19 @@ def test_gradients(at: float, rounds: int) -> None:
 
 
 def in_rounds(query: Tensor, key: Tensor, value: Tensor, rounds: int) -> Tensor:
-    """The rounds merged by their logarithms."""
+    """Attention over the rounds of seed 0."""
     if rounds == 1:
         return attend(query, key, value, batch_size=4, seed=0)
-    parts = rb.orthogonal_partitions(len(query), 4, rounds, seed=0)
-    outs = [linear_attention(query, key, value, part, Options(need_log_norm=True)) for part in parts]
-    out, log_norm = functools.reduce(lambda one, other: merge(*one, *other), outs)
-    return count_once(query, key, value, out, log_norm, len(parts) - 1)
+    parts = Listed(rb.orthogonal_partitions(len(query), 4, rounds, seed=0))
+    return merge_rounds(Linear(), Projections((query, key, value)), parts, 0.0, Options())
+
+
+def total_weight(query: Tensor, key: Tensor, value: Tensor, part: rb.Partition) -> Tensor:
+    """The logarithm of the denominator, of the others and of the token itself together."""
+    linear, inputs = Linear(), (query, key, value)
+    found = linear.others(part, inputs, Options()).merge(linear.alone(part, inputs, Options())).log_norm
+    assert found is not None
+    return found
 
 
 def test_the_gradient_at_zero_is_that_of_elu() -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import randbatch as rb
-from randbatch.nn import projected
+from randbatch.execution import Call, projected
 
 
 @pytest.fixture
@@ -13,11 +13,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many tokens each call of the one function had."""
     found: list[int] = []
 
-    def counted(x: Tensor, *rest: object) -> Tensor:
-        found.append(len(x))
-        return projected.attend_projected(x, *rest)
+    original = projected.Projected.run
 
-    monkeypatch.setattr("randbatch.nn.attention.attend_projected", counted)
+    def counted(self: projected.Projected, call: Call) -> Tensor:
+        found.append(len(call.first))
+        return original(self, call)
+
+    monkeypatch.setattr(projected.Projected, "run", counted)
     return found
 
 
@@ -42,13 +44,13 @@ def test_it_is_the_layer(
     x = torch.randn(num_tokens, 16, dtype=torch.float64)
     got = run(layer, x, batch=graphs)
     assert calls == [num_tokens]
-    layer.sampling.backend = "reference"
+    layer.randbatch_config.backend = "reference"
     want = run(layer, x, batch=graphs)
     assert calls == [num_tokens]
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     layer.float()
     plain = run(layer, x.float(), batch=graphs)
-    layer.sampling.backend = "auto"
+    layer.randbatch_config.backend = "auto"
     for ours, theirs, exact in zip(run(layer, x.float(), batch=graphs), plain, want, strict=True):
         floor = 4 * torch.finfo(torch.float32).eps * exact.norm()
         assert (ours - exact).norm() <= max(2 * (theirs - exact).norm(), floor)
@@ -95,7 +97,7 @@ def _parametrise(layer: rb.nn.RandomBatchAttention) -> None:
 
 
 def _debias(layer: rb.nn.RandomBatchAttention) -> None:
-    layer.sampling.estimator = "debiased"
+    layer.randbatch_config.estimator = "debiased"
 
 
 def _drop(layer: rb.nn.RandomBatchAttention) -> None:

@@ -10,8 +10,7 @@ from torch import Tensor
 import randbatch as rb
 from randbatch import tolerance as tolerance_module
 from randbatch.estimators import ESTIMATORS
-from randbatch.estimators.at_tokens import AtTokens
-from randbatch.estimators.sampled import SampledEstimates
+from randbatch.estimators.probe import AtTokens, Probe
 from randbatch.orthogonal import draw_rounds
 
 
@@ -33,8 +32,8 @@ def test_estimates_at_chosen_tokens_are_those_of_the_op(estimator: str, rounds: 
     batch = None if graphs == 1 else torch.arange(301) % 17 // 6
     tokens = torch.tensor([[0, 7, 300], [5, 5, 123]])
     parts = draw_rounds(301, 20, rounds, batch=batch, seed=3)
-    sampled = SampledEstimates(*inputs, tokens, 8**-0.5)
-    for part in [parts] if rounds == 1 else parts:
+    sampled = Probe(*inputs, tokens, 8**-0.5, list(ESTIMATORS.values()))
+    for part in parts:
         sampled.add(part)
     whole = rb.random_batch_attention(*inputs, batch_size=20, rounds=rounds, batch=batch, estimator=estimator, seed=3)
     want = torch.stack([whole[rows, head] for head, rows in enumerate(tokens)])
@@ -46,8 +45,8 @@ def test_many_tokens_are_looked_at_in_pieces(monkeypatch: pytest.MonkeyPatch) ->
     inputs, tokens, part = qkv(200), torch.arange(60).expand(2, -1), rb.random_partition(200, 30, seed=1)
     outs: list[Tensor] = []
     for gathered in (2**24, 2000):
-        monkeypatch.setattr("randbatch.estimators.at_tokens._GATHERED", gathered)
-        sampled = SampledEstimates(*inputs, tokens, 0.3, ["debiased"])
+        monkeypatch.setattr("randbatch.estimators.probe._GATHERED", gathered)
+        sampled = Probe(*inputs, tokens, 0.3, [ESTIMATORS["debiased"]])
         sampled.add(part)
         outs.append(sampled.outputs()["debiased"])
     torch.testing.assert_close(*outs, rtol=1e-13, atol=1e-14)
@@ -267,15 +266,15 @@ def test_modules_choose_their_rounds_in_eval() -> None:
     layer, x = attention(), 3 * torch.randn(400, 16)
     assert rb.set_inference(layer, tolerance=0.05) == 1
     out = layer(x)
-    choice = layer.sampling.chosen
+    choice = layer.randbatch_config.chosen
     assert choice is not None and choice.rounds > 1 and choice.error <= 0.05
     rb.set_inference(layer, rounds=choice.rounds)
     torch.testing.assert_close(layer(x), out)
-    assert layer.sampling.chosen is None
+    assert layer.randbatch_config.chosen is None
     rb.set_inference(layer, tolerance=0.05)
     layer.train()
     layer(x)
-    assert layer.sampling.chosen is None, "training draws what `rounds` says"
+    assert layer.randbatch_config.chosen is None, "training draws what `rounds` says"
 
 
 def test_converted_models_choose_their_rounds_layer_by_layer() -> None:
@@ -288,7 +287,7 @@ def test_converted_models_choose_their_rounds_layer_by_layer() -> None:
     rb.set_inference(model, tolerance=1e-9)
     out = model(x, src_key_padding_mask=padding)
     torch.testing.assert_close(out[~padding], want[~padding], rtol=1e-5, atol=1e-5)
-    chosen = [block.self_attn.sampling.chosen for block in model.layers]
+    chosen = [block.self_attn.randbatch_config.chosen for block in model.layers]
     assert all(choice.exact and 0 < choice.error < 1e-4 for choice in chosen)
 
 

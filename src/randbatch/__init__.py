@@ -6,9 +6,10 @@
 torch.Size([100000, 4, 16])
 """
 
-from randbatch import analysis, integrations, models, nn, particles
+from randbatch import analysis, estimators, integrations, interactions, kernels, models, nn, particles
 from randbatch.conversion import ConversionReport, convert
-from randbatch.functional import full_attention, random_batch_attention
+from randbatch.explanation import explain
+from randbatch.functional import full_attention, random_batch_attention, random_batch_interaction
 from randbatch.nn.inference import set_inference
 from randbatch.orthogonal import orthogonal_partitions
 from randbatch.partition import Partition, random_partition
@@ -24,13 +25,18 @@ __all__ = [
     "analysis",
     "choose_rounds",
     "convert",
+    "estimators",
+    "explain",
     "full_attention",
     "integrations",
+    "interactions",
+    "kernels",
     "models",
     "nn",
     "orthogonal_partitions",
     "particles",
     "random_batch_attention",
+    "random_batch_interaction",
     "random_partition",
     "set_inference",
 ]

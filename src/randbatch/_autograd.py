@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 __all__ = [
     "is_backward",
     "is_batched",
+    "is_dispatched",
     "is_traced",
     "is_transformed",
     "pull_back",
@@ -81,6 +82,11 @@ def is_batched(x: Tensor) -> bool:
             return True
         x = functorch.get_unwrapped(x)
     return False
+
+
+def is_dispatched() -> bool:
+    """Whether a mode of torch (fake tensors, tracing, counting) sees every operation."""
+    return _c._len_torch_dispatch_stack() > 0
 
 
 def is_traced() -> bool:

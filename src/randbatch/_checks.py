@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from randbatch._errors import InvalidType, InvalidValue
-from randbatch._numerics import has_no_numbers
+from randbatch._numerics import has_no_elements
 
 MOST = 2**31 - 1
 """The largest count that a setting of a command may be; more is a slip of the hand."""
@@ -134,7 +134,7 @@ def check_batch_vector(batch: Tensor | None, num_tokens: int, device: torch.devi
         raise InvalidValue(f"batch must have shape [{num_tokens}], one graph number per token, got {list(batch.shape)}")
     if batch.device != device:
         raise InvalidValue(f"batch is on {batch.device}, the tokens are on {device}; both must be on one device")
-    if torch.compiler.is_compiling() or has_no_numbers(batch):
+    if torch.compiler.is_compiling() or has_no_elements(batch):
         return  # what follows looks at numbers
     if num_tokens and int(batch.min()) < 0:
         raise InvalidValue(f"batch must hold graph numbers >= 0, got {int(batch.min())}")

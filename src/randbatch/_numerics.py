@@ -1,6 +1,8 @@
-"""The dtype that attention is computed in, and whether there are numbers to compute with."""
+"""Dtypes and scales that attention is computed in, and whether there are elements to compute with."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -8,7 +10,7 @@ from torch import Tensor
 from randbatch._autograd import is_traced
 from randbatch._errors import InvalidType
 
-__all__ = ["as_autocast", "check_tensor", "has_no_numbers"]
+__all__ = ["as_autocast", "check_tensor", "has_no_elements", "logit_scale", "wide_dtype"]
 
 
 def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -23,7 +25,7 @@ def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
-def has_no_numbers(x: Tensor) -> bool:
+def has_no_elements(x: Tensor) -> bool:
     """Whether `x` is a meta tensor, or a fake one outside of `torch.compile`: it has a shape, and no numbers."""
     if torch.compiler.is_compiling():
         return False
@@ -44,3 +46,13 @@ def check_tensor(name: str, x: object) -> None:
         raise NotImplementedError(
             "torch.jit.trace would keep one partition for ever; use torch.compile or torch.export"
         )
+
+
+def logit_scale(scale: float | None, head_size: int) -> float:
+    """The factor of the logits; 1/√D where none is given."""
+    return 1 / math.sqrt(head_size) if scale is None else scale
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype to accumulate in: at least fp32."""
+    return torch.promote_types(x.dtype, torch.float32)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from randbatch._autograd import is_batched, is_transformed
-from randbatch._numerics import has_no_numbers
+from randbatch._numerics import has_no_elements
 from randbatch._shapes import Int
 
 __all__ = ["draw_seed", "fold_seed", "hash_positions", "random_keys"]
@@ -46,7 +46,7 @@ def draw_seed() -> int:
     generator would not be replayed, and gradients would be silently wrong.
     """
     drawn = torch.randint(0, 2**63 - 1, (), device="cpu")
-    if has_no_numbers(drawn):
+    if has_no_elements(drawn):
         return 0  # under a mode of fake tensors
     if is_transformed() and is_batched(drawn):
         raise NotImplementedError(

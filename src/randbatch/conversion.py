@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import nn
@@ -88,7 +88,7 @@ class ConversionReport:
         modules = "1 module" if len(self.converted) == 1 else f"{len(self.converted)} modules"
         s = self.settings
         rounds = f"rounds {s.rounds}" + ("" if s.eval_rounds is None else f" (eval {s.eval_rounds})")
-        lines = [f"{modules} in random batches of {s.batch_size}, estimator {s.estimator}, {rounds}"]
+        lines = [f"{modules} in random batches of {s.batch_size}, estimator {s.estimator.name}, {rounds}"]
         lines += _table(["path", "class", "rule"], [[row.path, row.kind, row.rule] for row in self.converted])
         lines += ["", "what changes in meaning"]
         lines += [f"  {rule}: {changes}" for rule, changes in {row.rule: row.changes for row in self.converted}.items()]
@@ -177,15 +177,15 @@ class Convert:
         """Convert, as the class says."""
         if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        settings = Sampling(
-            batch_size,
-            estimator,
-            rounds,
-            eval_rounds,
-            backend,
-            check_integer("seed", seed),
-            chunk_batches=chunk_batches,
-        )
+        options = {
+            "estimator": estimator,
+            "rounds": rounds,
+            "eval_rounds": eval_rounds,
+            "backend": backend,
+            "seed": check_integer("seed", seed),
+            "chunk_batches": chunk_batches,
+        }
+        settings = Sampling(batch_size, **options)
         load_rules()
         plan = _Plan(_as_predicate(where))
         plan.visit("", model, ())
@@ -196,7 +196,7 @@ class Convert:
         try:
             for path, module, rule in plan.steps:
                 kind = bare_class(module).__name__
-                report._undo.append(rule.swap(module, replace(settings)))  # pyright: ignore[reportPrivateUsage]
+                report._undo.append(rule.swap(module, settings.copy()))  # pyright: ignore[reportPrivateUsage]
                 report.converted.append(Converted(path, kind, rule.name, rule.changes))
             found = [(path, own) for path, module, _ in plan.steps if (own := sampling_of(module)) is not None]
             report._undo.append(assign_seeds(model, found, seed))  # pyright: ignore[reportPrivateUsage]
@@ -317,16 +317,16 @@ class _Plan:
 
 
 def _change_settings(module: Any, sampling: Sampling) -> Undo:
-    before: Sampling = module.sampling
+    before: Sampling = module.randbatch_config
     rule = rule_of_swapped(module)
     undo_more = None if rule is None or rule.again is None else rule.again(module, sampling)
-    module.sampling = sampling
+    module.randbatch_config = sampling
 
     def undo() -> None:
         if undo_more is not None:
             undo_more()
         if sampling_of(module) is sampling:  # else the conversion itself, or a later call, was undone otherwise
-            module.sampling = before
+            module.randbatch_config = before
 
     return undo
 

@@ -1,38 +1,38 @@
-"""The op: check, partition, interact, scatter. And exact attention, to compare with."""
+"""The ops: check, partition, interact, scatter. And exact attention, to compare with."""
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from typing import Literal
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from randbatch._autograd import refuse_transforms
 from randbatch._checks import (
     check_batch_vector,
-    check_choice,
     check_chunk_batches,
     check_integer,
+    check_positive,
     check_probability,
     check_qkv,
 )
-from randbatch._numerics import as_autocast, check_tensor, has_no_numbers
+from randbatch._errors import InvalidType, InvalidValue
+from randbatch._numerics import as_autocast, check_tensor, has_no_elements
 from randbatch._shapes import Float, Int
-from randbatch.estimators import pick_estimator
-from randbatch.estimators.in_pieces import Pipeline, estimate_in_pieces
-from randbatch.interactions import INTERACTIONS, Options
-from randbatch.kernels import Problem, reference, sdpa
-from randbatch.orthogonal import Rounds, draw_rounds
-from randbatch.partition import Partition, draw_seed, random_partition
-from randbatch.streaming import ChunkBatches
-from randbatch.tolerance import choose_rounds
+from randbatch.estimators import ESTIMATORS, Estimator
+from randbatch.execution import Call, run
+from randbatch.interactions import INTERACTIONS, Interaction, Options
+from randbatch.interactions.rounds import Projections
+from randbatch.kernels import Backend, Problem
+from randbatch.kernels.exact import attend_exactly
+from randbatch.partition import Partition, random_partition
 
-__all__ = ["estimate", "full_attention", "random_batch_attention"]
+__all__ = ["full_attention", "random_batch_attention", "random_batch_interaction"]
 
 _MANY_HEADS = 64  # more than the models of the field have
-_CHUNK_LOGITS = 2**24  # full attention holds this many logits at a time: 64 MiB in fp32
 
 
 def random_batch_attention(
@@ -42,15 +42,15 @@ def random_batch_attention(
     *,
     batch_size: int | None = None,
     batch: Int[Tensor, " n"] | None = None,
-    estimator: str = "plain",
+    estimator: str | Estimator = "plain",
     rounds: int = 1,
     tolerance: float | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
     partition: Partition | None = None,
-    backend: str = "auto",
-    interaction: str = "softmax",
+    backend: str | Backend = "auto",
+    interaction: str | Interaction = "softmax",
     chunk_batches: int | Literal["auto"] | None = None,
 ) -> Float[Tensor, "n h dv"]:
     """Attention inside random batches of p tokens: `y_i = Σ_{j∈C(i)} softmax_j(scale · q_i·k_j) v_j`.
@@ -81,7 +81,8 @@ def random_batch_attention(
         backend: `"cpu"` (one fused C++ function, fp32, compiled at its first call), `"sdpa"`, `"reference"`, or
             `"auto"`: the first of these that can take the problem. `"triton"` (one fused kernel, CUDA only) is to be
             asked for by name until it was verified on a GPU.
-        interaction: what happens inside a batch, `"softmax"` or `"linear"`.
+        interaction: what a token does with those it meets: a name (`"softmax"`, `"linear"`, …) or an `Interaction`
+            that takes query, key and value. `random_batch_interaction` takes any other.
         chunk_batches: batches at a time, computed again in backward: memory is that of the arguments, the output, their
             gradients and one piece, whatever p. `"auto"`: as many as fit into free memory, and no more than are of
             use. Default: None, all at once and kept for backward, which takes a fifth to a third less time.
@@ -93,7 +94,7 @@ def random_batch_attention(
         TypeError: a tensor is not floating point, dtypes differ, an int argument is not an int.
         ValueError: shapes or devices differ, an unknown name, a backend that cannot, `batch_size` < 2; `tolerance`
             beside `rounds`, `partition`, dropout or another interaction than softmax; `chunk_batches` < 1, or with
-            the estimator `"corrected"` or several rounds of linear attention, which have no pieces.
+            the estimator `"corrected"`; an estimator or an option that has no meaning for the interaction.
 
     Source: Liu, Ma, Jin, Wang, "Random Batch Attention", arXiv 2511.06044.
 
@@ -109,71 +110,135 @@ def random_batch_attention(
     query, key, value = as_autocast(query, key, value)
     check_qkv(query, key, value)
     _warn_of_axes(query)
-    check_batch_vector(batch, query.shape[0], query.device)
-    check_probability("dropout_p", dropout_p)
-    check_choice("interaction", interaction, INTERACTIONS)
-    check_chunk_batches(chunk_batches)
-    if tolerance is not None:
-        refuse_transforms("tolerance", "give rounds instead")
-        _check_tolerance_alone(rounds, partition, dropout_p, interaction)
-    if torch.compiler.is_compiling() and not _is_traceable(
-        batch, estimator, rounds, tolerance, interaction, chunk_batches
-    ):
-        raise NotImplementedError(
-            "torch.compile cannot trace the op with graphs, several rounds, a tolerance, chunks, the estimator "
-            "'corrected' or linear attention: use rb.nn.RandomBatchAttention, or compile without fullgraph=True"
+    return run(
+        _call(
+            INTERACTIONS.resolve(interaction), (query, key, value), batch_size, batch, estimator, rounds, tolerance,
+            scale, dropout_p, seed, partition, backend, chunk_batches,
         )
-    if has_no_numbers(query):
-        return value + 0.0 * (query.sum() + key.sum())  # of the right shape, dtype and graph
-    if partition is not None:
-        parts: Rounds = _check_partition(partition, query, rounds)
-    elif batch_size is None:
-        raise TypeError("batch_size is missing: give batch_size (an int >= 2) or a partition")
-    else:
-        batch_size = check_integer("batch_size", batch_size, 2)
-        if tolerance is not None:
-            seed = draw_seed() if seed is None else seed
-            choice = choose_rounds(
-                query, key, value, batch_size, tolerance, batch=batch, estimator=estimator, scale=scale, seed=seed
+    )  # fmt: skip
+
+
+def random_batch_interaction(
+    interaction: str | Interaction, *projections: Float[Tensor, "n h _"], **options: Any
+) -> Float[Tensor, "n h _"]:
+    """Any interaction inside random batches of p tokens, on its own projections.
+
+    Args:
+        interaction: a name or an `Interaction`.
+        *projections: `[N, H, D]` each, as many and in the order that the attribute `projections` of the interaction
+            says. Heads and head sizes may differ between them as far as the interaction takes it.
+        **options: those of `random_batch_attention`, which is this function for query, key and value.
+
+    Returns:
+        `[N, H, D]` of the last projection.
+
+    Raises:
+        TypeError: a projection is missing, no tensor or not floating point, or there is no such option.
+        ValueError: numbers of tokens or devices differ; whatever `random_batch_attention` refuses.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1000, 4, 16).unbind()
+        >>> random_batch_interaction("linear", q, k, v, batch_size=128).shape
+        torch.Size([1000, 4, 16])
+    """
+    found = INTERACTIONS.resolve(interaction)
+    if len(projections) != len(found.projections):
+        raise InvalidType(
+            f"interaction {found.name!r} takes {len(found.projections)} projections ({', '.join(found.projections)}), "
+            f"got {len(projections)}"
+        )
+    for name, tensor in zip(found.projections, projections, strict=True):
+        check_tensor(name, tensor)
+        if tensor.dim() < 2 or not tensor.is_floating_point():
+            raise InvalidType(
+                f"{name} must be a floating-point tensor [N, H, D], got {tensor.dtype} {list(tensor.shape)}"
             )
-            if choice.exact:
-                return full_attention(query, key, value, batch=batch, scale=scale)
-            rounds = choice.rounds
-        parts = draw_rounds(query.shape[0], batch_size, rounds, batch=batch, seed=seed, device=query.device)
-    options = Options(scale, dropout_p, backend)
-    return estimate(query, key, value, parts, estimator, interaction, options, chunk_batches)
+        if tensor.shape[0] != projections[0].shape[0] or tensor.device != projections[0].device:
+            raise InvalidValue(
+                f"{name} has {tensor.shape[0]} tokens on {tensor.device}, but {found.projections[0]} has "
+                f"{projections[0].shape[0]} on {projections[0].device}"
+            )
+    defaults = _defaults()
+    unknown = [name for name in options if name not in defaults]
+    if unknown:
+        raise InvalidType(f"there is no option {unknown[0]!r}; the options are {', '.join(defaults)}")
+    return run(_call(found, as_autocast(*projections), **{**defaults, **options}))
 
 
-def estimate(
-    query: Float[Tensor, "n h d"],
-    key: Float[Tensor, "n h d"],
-    value: Float[Tensor, "n h dv"],
-    rounds: Rounds,
-    estimator: str,
-    interaction: str,
-    options: Options,
-    chunk_batches: ChunkBatches = None,
-) -> Float[Tensor, "n h dv"]:
-    """The op once its partitions are known."""
-    if chunk_batches is not None:
-        numbers = 2 * query.shape[1] * (query.shape[2] + value.shape[2])
-        pipeline = Pipeline((query, key, value), numbers)
-        return estimate_in_pieces(
-            pipeline, rounds, estimator, interaction, options, chunk_batches, num_heads=query.shape[1]
-        )
-    return pick_estimator(estimator)(query, key, value, rounds, interaction, options)
+@cache
+def _defaults() -> dict[str, Any]:
+    """The options of the op, with their defaults."""
+    parameters = inspect.signature(random_batch_attention).parameters.values()
+    named = (each for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY)
+    return {each.name: each.default for each in named if each.name != "interaction"}
 
 
-def _is_traceable(
+def _call(
+    interaction: Interaction,
+    projections: Sequence[Tensor],
+    batch_size: int | None,
     batch: Tensor | None,
-    estimator: str,
+    estimator: str | Estimator,
     rounds: int,
     tolerance: float | None,
-    interaction: str,
-    chunk_batches: ChunkBatches,
-) -> bool:
-    one_set = batch is None and tolerance is None and chunk_batches is None and rounds == 1
-    return one_set and interaction == "softmax" and estimator != "corrected"
+    scale: float | None,
+    dropout_p: float,
+    seed: int | None,
+    partition: Partition | None,
+    backend: str | Backend,
+    chunk_batches: int | Literal["auto"] | None,
+) -> Call:
+    """The call of an op, checked."""
+    tokens = projections[0]
+    check_batch_vector(batch, tokens.shape[0], tokens.device)
+    check_probability("dropout_p", dropout_p)
+    check_chunk_batches(chunk_batches)
+    rounds = check_integer("rounds", rounds, 1)
+    if seed is not None:
+        seed = check_integer("seed", seed)
+    if tolerance is not None:
+        check_positive("tolerance", tolerance)
+        _check_tolerance_alone(rounds, partition, dropout_p)
+    if partition is not None:
+        _check_partition(partition, tokens, rounds)
+        batch_size, batch = 2, None
+    elif batch_size is None:
+        raise InvalidType("batch_size is missing: give batch_size (an int >= 2) or a partition")
+    sizes = [(x.shape[-2], x.shape[-1]) for x in projections]
+    elements = 2 * sum(heads * size for heads, size in (sizes[0], sizes[-1]))
+    return Call(
+        Projections(projections, sizes, elements=elements),
+        interaction,
+        ESTIMATORS.resolve(estimator),
+        Options(scale, dropout_p, backend),
+        check_integer("batch_size", batch_size, 2),
+        rounds,
+        seed,
+        chunk_batches,
+        tolerance=tolerance,
+        partition=partition,
+        batch=batch,
+    )
+
+
+def _check_tolerance_alone(rounds: int, partition: Partition | None, dropout_p: float) -> None:
+    if rounds != 1:
+        raise InvalidValue(f"rounds must be left at 1 when tolerance is given, which chooses them; got {rounds}")
+    if partition is not None:
+        raise InvalidValue("partition must be left out when tolerance is given, which draws as many as it takes")
+    if dropout_p != 0:
+        raise InvalidValue(
+            f"dropout_p must be 0 when tolerance is given, got {dropout_p}: dropped weights are an error"
+        )
+
+
+def _check_partition(partition: Partition, tokens: Tensor, rounds: int) -> None:
+    if rounds != 1:
+        raise InvalidValue(f"rounds must be 1 when a partition is given, got {rounds}")
+    if partition.num_tokens != tokens.shape[0]:
+        raise InvalidValue(f"partition is of {partition.num_tokens} tokens, but query has {tokens.shape[0]}")
+    if partition.order.device != tokens.device:
+        raise InvalidValue(f"partition is on {partition.order.device}, but query is on {tokens.device}")
 
 
 def _warn_of_axes(query: Tensor) -> None:
@@ -187,27 +252,6 @@ def _warn_of_axes(query: Tensor) -> None:
             "[H, N, D], transpose it",
             stacklevel=3,
         )
-
-
-def _check_tolerance_alone(rounds: int, partition: Partition | None, dropout_p: float, interaction: str) -> None:
-    if rounds != 1:
-        raise ValueError(f"rounds must be left at 1 when tolerance is given, which chooses them; got {rounds}")
-    if partition is not None:
-        raise ValueError("partition must be left out when tolerance is given, which draws as many as it takes")
-    if dropout_p != 0:
-        raise ValueError(f"dropout_p must be 0 when tolerance is given, got {dropout_p}: dropped weights are an error")
-    if interaction != "softmax":
-        raise ValueError(f"tolerance is for interaction='softmax', got {interaction!r}")
-
-
-def _check_partition(partition: Partition, query: Tensor, rounds: int) -> Partition:
-    if rounds != 1:
-        raise ValueError(f"rounds must be 1 when a partition is given, got {rounds}")
-    if partition.num_tokens != query.shape[0]:
-        raise ValueError(f"partition is of {partition.num_tokens} tokens, but query has {query.shape[0]}")
-    if partition.order.device != query.device:
-        raise ValueError(f"partition is on {partition.order.device}, but query is on {query.device}")
-    return partition
 
 
 def full_attention(
@@ -254,32 +298,7 @@ def full_attention(
         check_integer("chunk_size", chunk_size, 1)
     if num_tokens == 0:
         return value.clone()
-    if has_no_numbers(query):
-        return value + 0.0 * (query.sum() + key.sum())
-    problem = Problem.of(query, value, scale)
-    if problem.transformed:
-        if chunk_size is not None:
-            refuse_transforms("chunk_size", "leave it out")
-        chunk_size = num_tokens
+    if has_no_elements(query):
+        return value + 0.0 * (query.sum() + key.sum())  # of the right shape, dtype and graph
     whole = random_partition(num_tokens, max(num_tokens, 2), batch=batch, device=query.device)  # a batch per graph
-    blocks = zip(*(whole.split(whole.pack(tensor)) for tensor in (query, key, value)), strict=True)
-    return whole.unpack(whole.join([_attend_in_chunks(q, k, v, problem, chunk_size) for q, k, v in blocks]))
-
-
-def _attend_in_chunks(query: Tensor, key: Tensor, value: Tensor, problem: Problem, chunk_size: int | None) -> Tensor:
-    """Softmax attention inside each of `[M, P, H, D]`, without holding more than a chunk's logits."""
-    # of all keys by chunks of queries, which is not attention inside a partition
-    attend = reference.attend if problem.transformed else sdpa.attend
-    num_batches, width, num_heads, _ = query.shape
-    if chunk_size is None:
-        if sdpa.is_linear_memory(problem):
-            return attend(query, key, value, problem, None)[0]
-        chunk_size = max(1, _CHUNK_LOGITS // (num_batches * width * num_heads))
-    if chunk_size >= width:
-        return attend(query, key, value, problem, None)[0]
-
-    def attend_chunk(chunk: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return attend(chunk, key, value, problem, None)[0]
-
-    chunks = [checkpoint(attend_chunk, chunk, key, value, use_reentrant=False) for chunk in query.split(chunk_size, 1)]
-    return torch.cat(chunks, dim=1)
+    return attend_exactly(query, key, value, whole, Problem.of(query, value, scale), chunk_size)

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from randbatch._checks import check_batch_vector, check_integer
+from randbatch._remember import Remembered
 from randbatch._shapes import Int
-from randbatch.partition import Partition, by_size, draw_seed, out_of_inference, random_partition
+from randbatch.partition import Partition, Partitions, by_size, draw_seed, fold_seed, out_of_inference, random_partition
 from randbatch.sets import set_sizes, shuffle_sets
 from randbatch.tracing import traced_partition
 
 __all__ = [
     "OrthogonalRounds",
-    "Rounds",
     "all_rounds",
     "count_rounds",
     "draw_rounds",
@@ -57,7 +57,7 @@ def _each(sizes: Tensor, function: Callable[[int], int]) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class OrthogonalRounds:
+class OrthogonalRounds(Partitions):
     """The rounds of one seed, made one at a time and as often as they are asked for: O(N) memory, however many.
 
     Args:
@@ -68,7 +68,7 @@ class OrthogonalRounds:
         batch: integers `[N]`, the set of each token.
         seed: the only source of randomness.
         device: where the index lives.
-        independent: whether two sets of one size are split differently, see `random_partition`.
+        independently: whether two sets of one size are split differently, see `random_partition`.
     """
 
     num_tokens: int
@@ -77,18 +77,22 @@ class OrthogonalRounds:
     batch: Int[Tensor, " n"] | None = None
     seed: int = 0
     device: torch.device | None = None
-    independent: bool = False
+    independently: bool = False
+
+    def independent(self) -> Iterator[Partition]:
+        """R partitions in batches of p; two tokens may meet in several of them."""
+        for position in range(self.rounds):
+            yield random_partition(
+                self.num_tokens, self.batch_size, batch=self.batch, seed=fold_seed(self.seed, position),
+                device=self.device, independent=self.independently,
+            )  # fmt: skip
 
     def __iter__(self) -> Iterator[Partition]:
         parts = all_rounds(
             self.num_tokens, self.batch_size, self.batch, self.seed, self.device,
-            rounds=self.rounds, independent=self.independent,
+            rounds=self.rounds, independent=self.independently,
         )  # fmt: skip
         return islice(parts, partitions_of(self.rounds, self.num_tokens, self.batch_size, self.batch))
-
-
-Rounds = Partition | OrthogonalRounds
-"""One partition, or several that are made as they are needed."""
 
 
 def partitions_of(rounds: int, num_tokens: int, batch_size: int, batch: Int[Tensor, " n"] | None = None) -> int:
@@ -126,6 +130,10 @@ def _count(num_tokens: int, batch_size: int) -> int:
     return lines + max(_count(rows, batch_size) for rows in columns)
 
 
+_BYTES = 24  # of a token: order, inverse, positions
+_of_fixed_seeds = Remembered(2**26)
+
+
 def draw_rounds(
     num_tokens: int,
     batch_size: int,
@@ -134,10 +142,11 @@ def draw_rounds(
     batch: Int[Tensor, " n"] | None = None,
     seed: int | None = None,
     device: torch.device | None = None,
-) -> Rounds:
+) -> Partitions:
     """One random partition, or R orthogonal rounds.
 
-    `seed=None` draws a seed from torch's default generator, and then sets of one size are split differently.
+    `seed=None` draws a seed from torch's default generator, and then sets of one size are split differently. The last
+    partitions of other seeds are remembered (one set, 64 MiB in all).
     """
     independent = seed is None
     rounds = check_integer("rounds", rounds, 1)
@@ -147,7 +156,15 @@ def draw_rounds(
         return traced_partition(num_tokens, batch_size, batch, seed, device)
     seed = draw_seed() if seed is None else seed
     if rounds == 1:
-        return random_partition(num_tokens, batch_size, batch=batch, seed=seed, device=device, independent=independent)
+
+        def draw() -> Partition:
+            return random_partition(
+                num_tokens, batch_size, batch=batch, seed=seed, device=device, independent=independent
+            )
+
+        if independent or batch is not None:
+            return draw()
+        return _of_fixed_seeds.get((num_tokens, batch_size, seed, device), _BYTES * num_tokens, draw)
     batch_size = check_integer("batch_size", batch_size, 2)
     return OrthogonalRounds(num_tokens, batch_size, rounds, batch, check_integer("seed", seed), device, independent)
 

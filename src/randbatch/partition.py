@@ -10,10 +10,10 @@ Shape letters: N tokens, M batches, P slots per batch (the largest batch).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -28,7 +28,10 @@ from randbatch._shapes import Bool, Int, Shaped
 from randbatch.sets import shuffle_sets
 
 __all__ = [
+    "UNTRACEABLE",
     "Partition",
+    "Partitions",
+    "any_partition",
     "balanced_groups",
     "by_size",
     "draw_seed",
@@ -39,8 +42,39 @@ __all__ = [
 ]
 
 
+UNTRACEABLE = (
+    "torch.compile cannot trace random batches of several sets here, and meta and fake tensors have none: how many "
+    "batches there are of each size is known only when they are drawn. Leave out batch and mask, or compile without "
+    "fullgraph=True"
+)
+
+
+class Partitions:
+    """One or several partitions of the same tokens, a round each, iterated as often as is wanted."""
+
+    num_tokens: int
+    """N."""
+
+    @property
+    def first(self) -> Partition:
+        """The first round."""
+        return next(iter(self))
+
+    @property
+    def only(self) -> Partition | None:
+        """The partition, if there is one round."""
+        return None
+
+    def __iter__(self) -> Iterator[Partition]:
+        raise NotImplementedError
+
+    def independent(self) -> Iterator[Partition]:
+        """As many partitions, drawn independently, each in batches of p."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, eq=False)
-class Partition:
+class Partition(Partitions):
     """N tokens in M random batches of at most P tokens.
 
     Batch order lists the tokens batch after batch, the largest batches first. A single set has batches of at most two
@@ -86,8 +120,26 @@ class Partition:
                     with torch.inference_mode(False):
                         object.__setattr__(self, name, tensor.clone())
 
+    def __iter__(self) -> Iterator[Partition]:
+        """One round: itself."""
+        yield self
+
     @property
-    def num_tokens(self) -> int:
+    def first(self) -> Partition:
+        """Itself: it is one round."""
+        return self
+
+    @property
+    def only(self) -> Partition:
+        """Itself: it is one round."""
+        return self
+
+    def independent(self) -> Iterator[Partition]:
+        """One round: itself."""
+        yield self
+
+    @property
+    def num_tokens(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         """N."""
         return self.order.shape[0]
 
@@ -162,6 +214,17 @@ class Partition:
         flat = [block.flatten(0, 1) for block in blocks]
         return flat[0] if len(flat) == 1 else torch.cat(flat)
 
+    def map_blocks(
+        self, function: Callable[..., tuple[Tensor, ...]], *tensors: Shaped[Tensor, "n ..."]
+    ) -> tuple[Shaped[Tensor, "n ..."], ...]:
+        """`function(position, *blocks)` of the blocks `[rows, width, …]` of every size; its results in token order.
+
+        The position is that of the size in `groups`, which must not be empty.
+        """
+        blocks = zip(*(self.split(self.pack(tensor)) for tensor in tensors), strict=True)
+        results = [function(position, *block) for position, block in enumerate(blocks)]
+        return tuple(self.unpack(self.join(pieces)) for pieces in zip(*results, strict=True))
+
     def packed(self) -> Partition:
         """The same batches for tokens that stand in batch order: `packed().pack(x)` is `x`."""
         positions = torch.arange(self.num_tokens, device=self.order.device)
@@ -199,11 +262,9 @@ class Partition:
             return self._find_starts_and_widths()
 
     def _find_starts_and_widths(self) -> tuple[Tensor, Tensor]:
-        rows = torch.tensor([rows for rows, _ in self.groups], dtype=torch.int64)
-        widths = torch.tensor([width for _, width in self.groups], dtype=torch.int64)
-        widths = widths.repeat_interleave(rows, output_size=self.num_batches)
-        both = torch.stack([widths.cumsum(0) - widths, widths]).to(self.order.device, non_blocking=True)
-        return both[0], both[1]
+        if torch.compiler.is_compiling() or self.num_batches > _REMEMBERED:
+            return _starts_and_widths_of(self.groups, self.order.device)
+        return _remembered_starts_and_widths(self.groups, self.order.device)
 
     def count_met(self) -> Int[Tensor, " n"]:
         """The m − 1 others that each token meets in its batch, int64 `[N]` in batch order."""
@@ -245,6 +306,22 @@ class Partition:
     def _check_rows(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         if tensor.shape[: len(shape)] != shape:
             raise ValueError(f"{name} must start with {list(shape)} to fit this partition, got {list(tensor.shape)}")
+
+
+_REMEMBERED = 4096  # batches of a partition whose starts and widths are remembered: 64 KiB
+
+
+def _starts_and_widths_of(groups: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    rows = torch.tensor([rows for rows, _ in groups], dtype=torch.int64)
+    widths = torch.tensor([width for _, width in groups], dtype=torch.int64)
+    widths = widths.repeat_interleave(rows, output_size=sum(rows for rows, _ in groups))
+    both = torch.stack([widths.cumsum(0) - widths, widths]).to(device, non_blocking=True)
+    return both[0], both[1]
+
+
+# Small calls spend a sixth of their time on these, and the sizes of batches are the same in every call. Nobody writes
+# into them.
+_remembered_starts_and_widths = lru_cache(maxsize=64)(_starts_and_widths_of)
 
 
 def _some_groups(groups: tuple[tuple[int, int], ...], first: int, stop: int) -> tuple[tuple[int, int], ...]:
@@ -305,6 +382,14 @@ def by_size(order: Tensor, sizes: Tensor, set_of_token: Tensor | None, set_sizes
     set_of_batch = None if set_of_token is None else set_of_token[sizes.cumsum(0) - sizes]
     groups = zip(reversed(rows.tolist()), reversed(widths.tolist()), strict=True)
     return Partition(order, tuple(groups), set_of_batch, set_sizes, is_checked=True)
+
+
+def any_partition(num_tokens: int, batch_size: int, batch: Int[Tensor, " n"] | None, device: torch.device) -> Partition:
+    """Batches of the right sizes of tokens without elements (meta and fake tensors), in any order."""
+    if batch is not None:
+        raise NotImplementedError(UNTRACEABLE)
+    groups = balanced_groups(num_tokens, min(batch_size, max(num_tokens, 1)))
+    return Partition(torch.arange(num_tokens, device=device), groups, in_order=True, is_checked=True)
 
 
 def out_of_inference() -> AbstractContextManager[Any]:

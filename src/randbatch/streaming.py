@@ -39,12 +39,13 @@ _ENOUGH_ELSEWHERE = 2**29
 _SHARE = 0.5  # of the free memory, for an estimate that knows nothing of the allocator
 
 
-def piece_size(chunk_batches: int | Literal["auto"], part: Partition, bytes_per_token: int) -> int:
+def piece_size(chunk_batches: ChunkBatches, part: Partition, bytes_per_token: int) -> int:
     """How many batches are computed at a time: what is asked for, or for `"auto"` as many as fit into free memory.
 
     A piece grows to 32 MiB on a CPU and to 512 MiB elsewhere, if half of the free memory is as much: more would not
     make it faster.
     """
+    assert chunk_batches is not None
     if isinstance(chunk_batches, int):
         return chunk_batches
     device = part.order.device
@@ -130,40 +131,43 @@ class Replay:
 class Gradients:
     """The gradients of tokens and of parameters, added up piece by piece."""
 
-    def __init__(self, tensors: Sequence[Tensor], parameters: Sequence[Tensor], needed: Sequence[bool]) -> None:
+    def __init__(
+        self, tensors: Sequence[Tensor], parameters: Sequence[Tensor], needed: Sequence[bool], *, several: bool = False
+    ) -> None:
         self._tensors = tensors
         self._of_tokens = needed[: len(tensors)]
         self._parameters = parameters
         self._needed = needed
         everything = [*tensors, *parameters]
-        # a parameter's gradient has as many terms as there are pieces: it is added up in at least fp32
+        # what has several terms is added up in at least fp32: a parameter's gradient, and a token's over several rounds
+        once = 0 if several else len(tensors)
         self._totals = [
-            torch.zeros_like(x, dtype=x.dtype if i < len(tensors) else torch.promote_types(x.dtype, torch.float32))
+            torch.zeros_like(x, dtype=x.dtype if i < once else torch.promote_types(x.dtype, torch.float32))
             if need
             else None
             for i, (x, need) in enumerate(zip(everything, needed, strict=True))
         ]
         self._dtypes = [x.dtype for x in everything]
 
-    def rows(self, rows: Int[Tensor, " n"]) -> list[Tensor]:
-        """The tokens of a piece, to be differentiated by."""
-        taken = [take_rows(x.detach(), rows) for x in self._tensors]
+    def rows(self, rows: Int[Tensor, " n"] | None) -> list[Tensor]:
+        """The tokens of a chunk (None: all, in their order), to be differentiated by."""
+        taken = [x.detach() if rows is None else take_rows(x.detach(), rows) for x in self._tensors]
         return [x.requires_grad_() if need else x for x, need in zip(taken, self._of_tokens, strict=True)]
 
     def add(
         self,
-        rows: Int[Tensor, " n"],
+        rows: Int[Tensor, " n"] | None,
         inputs: Sequence[Tensor],
         outputs: Sequence[Tensor],
         grads: Sequence[Tensor],
-        used: Sequence[bool],
+        closure: Closure | None,
     ) -> None:
-        """Pull `grads` back from `outputs` to the tokens `rows`, which were `inputs`, and to the parameters `used`."""
+        """Pull `grads` back from `outputs` to the tokens `rows`, which were `inputs`, and to what `closure` found."""
         known = [(x, g) for x, g in zip(outputs, grads, strict=True) if x.requires_grad]
         if not known:
             return
         everything = [*inputs, *self._parameters]
-        counts = [True] * len(inputs) + list(used)
+        counts = [True] * len(inputs) + ([] if closure is None else closure.used(outputs, inputs))
         wanted = [i for i, total in enumerate(self._totals) if total is not None and counts[i]]
         found: Any = torch.autograd.grad(
             [x for x, _ in known], [everything[i] for i in wanted], [g for _, g in known], allow_unused=True
@@ -172,8 +176,8 @@ class Gradients:
             total = self._totals[position]
             if total is None or more is None:  # of what was not used there is no gradient
                 continue
-            if position < len(self._tensors):
-                total.index_add_(0, rows, more)
+            if position < len(self._tensors) and rows is not None:
+                total.index_add_(0, rows, more.to(total.dtype))
             else:
                 total.add_(more)
 
@@ -236,8 +240,7 @@ class _Stream(torch.autograd.Function):
                 with torch.enable_grad():
                     inputs = totals.rows(rows)
                     out = job.function(piece, *inputs)
-                used = job.closure.used([out], inputs)
-                totals.add(rows, inputs, [out], [take_rows(grads[0], rows)], used)
+                totals.add(rows, inputs, [out], [take_rows(grads[0], rows)], job.closure)
         return None, *totals.all()
 
 

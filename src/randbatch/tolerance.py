@@ -9,14 +9,14 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from randbatch._checks import check_batch_vector, check_choice, check_integer, check_positive, check_qkv
+from randbatch._autograd import refuse_transforms
+from randbatch._checks import check_batch_vector, check_integer, check_positive, check_qkv
 from randbatch._errors import InvalidValue
-from randbatch._numerics import as_autocast
+from randbatch._numerics import as_autocast, logit_scale
 from randbatch._seeds import fold_seed, random_keys
 from randbatch._shapes import Bool, Float, Int
-from randbatch.estimators import ESTIMATORS
-from randbatch.estimators.at_tokens import SetsOf, log_attention_of, rows_of
-from randbatch.estimators.sampled import SampledEstimates
+from randbatch.estimators import ESTIMATORS, Estimator
+from randbatch.estimators.probe import Probe, SetsOf, log_attention_of, rows_of
 from randbatch.orthogonal import all_rounds, count_rounds, draw_rounds, partitions_of
 from randbatch.partition import Partition, random_partition
 from randbatch.sets import largest_set, set_sizes
@@ -56,7 +56,7 @@ def choose_rounds(
     tolerance: float,
     *,
     batch: Int[Tensor, " n"] | None = None,
-    estimator: str = "plain",
+    estimator: str | Estimator = "plain",
     scale: float | None = None,
     seed: int = 0,
     max_rounds: int | None = None,
@@ -76,7 +76,7 @@ def choose_rounds(
         batch_size: p >= 2.
         tolerance: relative error > 0.
         batch: integers `[N]`, the graph of each token. Default: one graph.
-        estimator: `"plain"`, `"debiased"` or `"corrected"`.
+        estimator: a name or an `Estimator` that can be probed at a few tokens.
         scale: factor of the logits. Default: 1/√D.
         seed: of the rounds; the sample is drawn from it too. Default: 0.
         max_rounds: stop here and state the error that is left. Default: go on, if need be to full attention.
@@ -97,13 +97,14 @@ def choose_rounds(
     check_batch_vector(batch, query.shape[0], query.device)
     check_integer("batch_size", batch_size, 2)
     check_positive("tolerance", tolerance)
-    check_choice("estimator", estimator, ESTIMATORS)
+    estimator = ESTIMATORS.resolve(estimator)
     check_integer("seed", seed)
     if max_rounds is not None:
         check_integer("max_rounds", max_rounds, 1)
+    refuse_transforms("tolerance", "give rounds instead")
     if query.shape[0] == 0:
         return RoundsChoice(1, 0.0, exact=True)
-    factor: float = query.shape[-1] ** -0.5 if scale is None else scale
+    factor = logit_scale(scale, query.shape[-1])
     with torch.autocast(query.device.type, enabled=False):  # what is compared is not to be rounded
         return _choose(query, key, value, batch_size, tolerance, batch, estimator, factor, seed, max_rounds)
 
@@ -115,7 +116,7 @@ def _choose(
     batch_size: int,
     tolerance: float,
     batch: Int[Tensor, " n"] | None,
-    estimator: str,
+    estimator: Estimator,
     factor: float,
     seed: int,
     max_rounds: int | None,
@@ -154,7 +155,7 @@ class _Look:
         tensors: tuple[Tensor, Tensor, Tensor],
         tokens: Int[Tensor, "h s"],
         scale: float,
-        estimator: str,
+        estimator: Estimator,
         batch_size: int,
         batch: Int[Tensor, " n"] | None,
         seed: int,
@@ -166,8 +167,8 @@ class _Look:
         self._so_far, self._made = self._begin(), 0
         self._parts = all_rounds(*self._of)
 
-    def _begin(self) -> SampledEstimates:
-        return SampledEstimates(*self._tensors, self._tokens, self._scale, [self._estimator])
+    def _begin(self) -> Probe:
+        return Probe(*self._tensors, self._tokens, self._scale, [self._estimator])
 
     def next_of(self, rounds: int, needed: float, max_rounds: int | None) -> int:
         """The R to be looked at next: the next, or short of what seems to be needed where each look is a new one."""
@@ -180,14 +181,14 @@ class _Look:
         if not self._goes_on or rounds == 1:
             parts = draw_rounds(num_tokens, batch_size, rounds, batch=batch, seed=seed, device=device)
             look = self._begin()
-            for part in [parts] if isinstance(parts, Partition) else parts:
+            for part in parts:
                 look.add(part)
-            return look.outputs()[self._estimator]
+            return self._estimator.at_tokens(look)
         wanted = partitions_of(rounds, num_tokens, batch_size, batch)
         for part in islice(self._parts, wanted - self._made):
             self._so_far.add(part)
         self._made = wanted
-        return self._so_far.outputs()[self._estimator]
+        return self._estimator.at_tokens(self._so_far)
 
 
 def _rounds_needed(rounds: int, error: float, tolerance: float, all_rounds: int) -> float:

@@ -17,16 +17,10 @@ from torch import Tensor
 
 from randbatch._seeds import draw_seed
 from randbatch._shapes import Int
-from randbatch.partition import Partition, balanced_groups
+from randbatch.partition import UNTRACEABLE, Partition, balanced_groups
 from randbatch.sets import shuffle_sets
 
-__all__ = ["UNTRACEABLE", "traced_partition"]
-
-UNTRACEABLE = (
-    "torch.compile cannot trace random batches of several sets here, and meta and fake tensors have none: how many "
-    "batches there are of each size is known only when they are drawn. Leave out batch and mask, or compile without "
-    "fullgraph=True"
-)
+__all__ = ["traced_partition"]
 
 _INT64 = 2**63
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 
-from randbatch.estimators import control_variate
+from randbatch.estimators import corrected
 from randbatch.estimators.anchors import fit_weights
 
 STEP = 1e-5
@@ -83,10 +83,10 @@ def slope(subject: Subject, training: bool) -> Tensor:
 def fitted_once(call: Callable[[], Any]) -> Iterator[None]:
     """The weights of `corrected` have no gradient, and say so: they stay those of a first call."""
     fitted: list[Any] = []
-    with patch.object(control_variate, "fit_weights", lambda *a: fitted.append(fit_weights(*a)) or fitted[-1]):
+    with patch.object(corrected, "fit_weights", lambda *a: fitted.append(fit_weights(*a)) or fitted[-1]):
         call()
     again = cycle(fitted)
-    with patch.object(control_variate, "fit_weights", lambda *a: next(again)):
+    with patch.object(corrected, "fit_weights", lambda *a: next(again)):
         yield
 
 

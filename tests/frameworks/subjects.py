@@ -16,7 +16,7 @@ from randbatch.interactions import INTERACTIONS
 from randbatch.kernels import BACKENDS, Problem
 from randbatch.models import ATTENTIONS, CONVOLUTIONS
 from randbatch.nn import RandomBatch, RandomBatchAttention, Sampling
-from randbatch.nn.sampling import sampling_of
+from randbatch.nn.config import sampling_of
 
 N, P = 49, 18  # batches of 16 and 17: torch's fused attention on a CPU begins at 16
 SMALL = 11, 4  # for checks that take a step for every number

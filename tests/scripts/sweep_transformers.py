@@ -210,7 +210,9 @@ def judge(model: Any, inputs: dict[str, Tensor]) -> tuple[str, list[str]]:
         if "was left alone" not in text:
             return "none", [text]
         return "left", sorted({line.strip() for line in text.splitlines()[2:]})
-    samplings = {id(module.sampling): path for path, module in converted.named_modules() if hasattr(module, "sampling")}
+    samplings = {
+        id(module.randbatch_config): path for path, module in converted.named_modules() if hasattr(module, "sampling")
+    }
     drawn: set[int] = set()
     entered: set[int] = set()
     for module in converted.modules():

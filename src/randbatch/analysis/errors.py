@@ -20,8 +20,7 @@ from randbatch._shapes import Float, Int
 from randbatch.analysis.report import draw, tables
 from randbatch.analysis.watching import check_compared, measure_attention
 from randbatch.estimators import ESTIMATORS
-from randbatch.estimators.at_tokens import SetsOf, log_attention_of
-from randbatch.estimators.sampled import SampledEstimates
+from randbatch.estimators.probe import Probe, SetsOf, log_attention_of
 from randbatch.partition import fold_seed, random_partition
 from randbatch.sets import largest_set
 from randbatch.tolerance import RoundsChoice, choose_rounds, finite_tokens, sample_tokens
@@ -228,7 +227,7 @@ def _squared_errors(
     for number in range(plan.draws):
         seed = fold_seed(plan.seed, number)
         part = random_partition(num_tokens, batch_size, batch=batch, seed=seed, device=exact.device)
-        sampled = SampledEstimates(*tensors, tokens, scale, plan.estimators)
+        sampled = Probe(*tensors, tokens, scale, [ESTIMATORS[name] for name in plan.estimators])
         sampled.add(part)
         for name, out in sampled.outputs().items():
             error = (out - exact).double().square().sum(dim=(1, 2)) / plan.draws

@@ -19,8 +19,7 @@ from randbatch._errors import InvalidValue
 from randbatch._shapes import Float, Int
 from randbatch.analysis.watching import as_it_was, check_compared, measure_attention, progress_bar
 from randbatch.estimators import ESTIMATORS
-from randbatch.estimators.at_tokens import SetsOf, log_attention_of, rows_of
-from randbatch.estimators.sampled import SampledEstimates
+from randbatch.estimators.probe import Probe, SetsOf, log_attention_of, rows_of
 from randbatch.particles.rates import Rate, fit_with_interval, variance_factor
 from randbatch.partition import Partition, fold_seed, random_partition
 from randbatch.sets import largest_set
@@ -149,7 +148,7 @@ def _measure(
             part = random_partition(
                 num_tokens, p, batch=batch, seed=fold_seed(plan.seed, draw), device=query.device
             )  # fmt: skip
-            sampled = SampledEstimates(query, key, value, tokens, factor, plan.estimators)
+            sampled = Probe(query, key, value, tokens, factor, [ESTIMATORS[name] for name in plan.estimators])
             sampled.add(part)
             for name, out in sampled.outputs().items():
                 found[name].append(out.double())

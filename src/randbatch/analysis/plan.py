@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from randbatch._checks import check_choice, check_integer, check_probability
 from randbatch._errors import InvalidValue
 from randbatch._memory import check_memory
+from randbatch.execution.projected import batches_of_a_chunk
 from randbatch.models import GraphTransformer
-from randbatch.nn.projected import batches_of_a_piece
 
 __all__ = ["Plan", "PlanRow", "peak_allocated", "plan"]
 
@@ -149,7 +149,7 @@ def plan(
         for size in sorted({check_integer("batch_sizes", p, 2) for p in batch_sizes}):
             changed = case.settings | {"batch_size": size, "chunk_batches": chunk}
             # on a CPU the layer goes by pieces in any case; on a GPU more nodes than it takes do no harm
-            peak = _predict(replace(case, settings=changed), size, chunk or batches_of_a_piece(size, hidden, dtype))
+            peak = _predict(replace(case, settings=changed), size, chunk or batches_of_a_chunk(size, hidden, dtype))
             rows.append(PlanRow(size, chunk, peak, peak <= limit))
     fitting = [row for row in rows if row.fits]
     best = max(fitting, key=lambda row: (row.batch_size, row.chunk_batches is None), default=None)

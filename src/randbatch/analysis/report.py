@@ -9,10 +9,10 @@ from typing import Any
 
 from randbatch._files import write_picture
 from randbatch._optional import new_figure
+from randbatch.estimators import ESTIMATORS
 
 __all__ = ["draw", "tables"]
 
-_COLORS = {"plain": "#d62728", "debiased": "#ff7f0e", "corrected": "#1f77b4"}
 _COLUMNS = 4
 
 
@@ -69,9 +69,9 @@ def draw(found: dict[str, Any], path: Path) -> None:
     for axes in panels[1 : len(layers)]:
         axes.sharey(first)
     for axes, row in zip(panels, layers, strict=False):
-        for name, by_p in row["error"].items():
-            style = {"color": _COLORS[name]}
-            width = 4 if name == "plain" else 2  # it is often hidden behind debiased
+        for place, (name, by_p) in enumerate(row["error"].items()):
+            style = {"color": ESTIMATORS[name].color}
+            width = 2 if place else 4  # the first is often hidden behind the second
             for one in row["heads"]:
                 axes.plot(list(by_p), list(one["error"][name].values()), linewidth=0.7, alpha=0.5, **style)
             axes.plot(list(by_p), list(by_p.values()), "o-", linewidth=width, markersize=2 + width, label=name, **style)

@@ -1,28 +1,50 @@
-"""How in-batch outputs become an estimate of attention over the whole set.
+"""How in-batch outputs become an estimate of the interaction over the whole set, one file for each idea.
 
-Shape letters: N tokens, H heads, D head size of query and key, Dv of value.
+Every estimator is an object that declares what it can do (`Estimator`). A name resolves to one; an object is taken
+wherever a name is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
-from torch import Tensor
+from randbatch._errors import InvalidType
+from randbatch._table import Table
+from randbatch.estimators.base import Estimator
+from randbatch.estimators.corrected import Corrected
+from randbatch.estimators.in_batch import Debiased, Plain
 
-from randbatch._checks import check_choice
-from randbatch.estimators.control_variate import corrected
-from randbatch.estimators.in_batch import debiased, plain
-from randbatch.interactions import Options
-from randbatch.orthogonal import Rounds
+__all__ = ["ESTIMATORS", "Corrected", "Debiased", "Estimator", "Plain", "register"]
 
-__all__ = ["ESTIMATORS", "Estimator", "pick_estimator"]
+_C = TypeVar("_C", bound=type[Estimator])
 
-Estimator = Callable[[Tensor, Tensor, Tensor, Rounds, str, Options], Tensor]
-"""Query and key `[N, H, D]`, value `[N, H, Dv]`, the rounds, the name of an interaction → output `[N, H, Dv]`."""
-
-ESTIMATORS: dict[str, Estimator] = {"plain": plain, "debiased": debiased, "corrected": corrected}
+ESTIMATORS: Table[Estimator] = Table("estimator", Estimator)
+Estimator.table = ESTIMATORS
 
 
-def pick_estimator(name: str) -> Estimator:
-    """The estimator called `name`; a `ValueError` names the choices."""
-    return ESTIMATORS[check_choice("estimator", name, ESTIMATORS)]
+def register(name: str) -> Callable[[_C], _C]:
+    """Add a class of estimators to the table, above its definition.
+
+    Args:
+        name: what `estimator=` takes; the class gets it as its attribute `name`.
+
+    Raises:
+        TypeError: what is decorated is not a class of estimators.
+        ValueError: the name is taken.
+    """
+
+    def add(cls: _C) -> _C:
+        if not (isinstance(cls, type) and issubclass(cls, Estimator)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidType(f"an estimator must be a subclass of Estimator, got {cls!r}")
+        made: Any = cls
+        made.name = name
+        ESTIMATORS.add(name, made())
+        return cls
+
+    return add
+
+
+register("plain")(Plain)
+register("debiased")(Debiased)
+register("corrected")(Corrected)

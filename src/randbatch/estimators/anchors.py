@@ -19,8 +19,8 @@ from torch import Tensor
 
 from randbatch._seeds import hash_positions
 from randbatch._shapes import Float, Int, Shaped
-from randbatch.estimators.at_tokens import AtTokens, SetsOf, attend_in_sets, pad_runs
 from randbatch.estimators.mean_field import Moments, of_set, weigh
+from randbatch.estimators.probe import AtTokens, SetsOf, attend_in_sets, pad_runs
 from randbatch.partition import Partition
 
 __all__ = ["Anchors", "Weights", "fit_weights", "set_field"]

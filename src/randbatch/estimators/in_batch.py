@@ -2,85 +2,87 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from randbatch._shapes import Float
-from randbatch.estimators.met import attend_to_met, merge
-from randbatch.interactions import Options, pick_interaction
-from randbatch.interactions.linear import count_once
-from randbatch.orthogonal import OrthogonalRounds, Rounds
-from randbatch.partition import Partition
+from randbatch._errors import InvalidValue
+from randbatch._shapes import Float, Shaped
+from randbatch.estimators.base import Estimator
+from randbatch.interactions import Interaction, Options
+from randbatch.interactions.rounds import Projections, average_rounds, merge_rounds
+from randbatch.partition import Partition, Partitions
 
-__all__ = ["debiased", "plain", "refuse_linear"]
+if TYPE_CHECKING:
+    from randbatch.estimators.probe import Probe
+
+__all__ = ["Debiased", "Plain"]
 
 
-def plain(
-    query: Float[Tensor, "n h d"],
-    key: Float[Tensor, "n h d"],
-    value: Float[Tensor, "n h dv"],
-    rounds: Rounds,
-    interaction: str,
-    options: Options,
-) -> Float[Tensor, "n h dv"]:
-    """The interaction over the tokens that were met, in place of the whole set.
+class _InBatch(Estimator):
+    """`ŷ_i = (κ^δ Σ_{j∈S_i} w_ij v_j + w_ii v_i) / (κ^δ Σ_{j∈S_i} w_ij + w_ii)`, S_i the others that token i met.
 
-    `ŷ_i = Σ_{j∈C_i} w_ij v_j / Σ_{j∈C_i} w_ij`, C_i the batch of token i, or the union of its batches in all rounds.
+    κ = (n − 1) / |S_i| for a set of n tokens.
+    """
+
+    debias: float
+    """δ."""
+
+    def in_batches(
+        self, interaction: Interaction, projected: Sequence[Shaped[Tensor, "n ..."]], part: Partition, options: Options
+    ) -> Shaped[Tensor, "n ..."]:
+        """One round; where every set is one batch, κ is 1 and it is the full interaction."""
+        return interaction.in_batches(part, projected, options, 0.0 if part.is_whole else self.debias)
+
+    def over_rounds(
+        self,
+        interaction: Interaction,
+        projections: Projections,
+        rounds: Partitions,
+        options: Options,
+        chunk: int | None = None,
+    ) -> Shaped[Tensor, "n ..."]:
+        """Sums are merged; where there are none, the outputs of independent partitions are averaged."""
+        if interaction.can_merge:
+            return merge_rounds(interaction, projections, rounds, self.debias, options, chunk)
+        if interaction.averages and chunk is None:  # in chunks, `finish` comes first
+            return average_rounds(interaction, projections.tensors, rounds.independent(), options)
+        raise InvalidValue(
+            f"rounds must be 1 with interaction {interaction.name!r} ({interaction.kind.value}), which has no rule to "
+            "merge several"
+        )
+
+    def at_tokens(self, probe: Probe) -> Float[Tensor, "h s e"]:
+        """Attention to the tokens that were met, with the own logit lowered by δ log κ."""
+        return probe.met.local(self.debias)
+
+
+class Plain(_InBatch):
+    """The interaction over the tokens that were met, in place of the whole set: δ = 0.
 
     Source: Liu, Ma, Jin, Wang, arXiv 2511.06044.
     """
-    if isinstance(rounds, Partition):
-        return _in_batches(query, key, value, rounds, interaction, options)[0]
-    if interaction == "softmax":
-        return attend_to_met(query, key, value, rounds, options, 0.0)
-    return _linear_rounds(query, key, value, rounds, options)
+
+    name = "plain"
+    color = "#d62728"
+    debias = 0.0
+    is_identity = True
 
 
-def debiased(
-    query: Float[Tensor, "n h d"],
-    key: Float[Tensor, "n h d"],
-    value: Float[Tensor, "n h dv"],
-    rounds: Rounds,
-    interaction: str,
-    options: Options,
-) -> Float[Tensor, "n h dv"]:
-    """Plain, with the others weighted by κ = (n − 1) / |S_i|: numerator and denominator are unbiased.
+class Debiased(_InBatch):
+    """Plain, with the others weighted by κ = (n − 1) / |S_i|: δ = 1.
 
-    A token always meets itself, but only |S_i| of its n − 1 others. The ratio keeps a bias of O(1/p).
+    A token always meets itself, but only |S_i| of its n − 1 others. A sum becomes unbiased; of a ratio numerator and
+    denominator do, and the ratio keeps a bias of O(1/p).
     """
-    refuse_linear("debiased", interaction)
-    if isinstance(rounds, Partition) and rounds.is_whole:
-        return plain(query, key, value, rounds, interaction, options)  # full attention
-    return attend_to_met(query, key, value, rounds, options, 1.0)
 
+    name = "debiased"
+    color = "#ff7f0e"
+    debias = 1.0
 
-def refuse_linear(estimator: str, interaction: str) -> None:
-    """The estimators beyond plain correct the softmax."""
-    if interaction != "softmax":
-        raise ValueError(f"estimator {estimator!r} is for interaction 'softmax', got {interaction!r}")
-
-
-def _in_batches(
-    query: Tensor, key: Tensor, value: Tensor, part: Partition, interaction: str, options: Options
-) -> tuple[Tensor, Tensor | None]:
-    """One round: output and, if asked, the logarithm of the denominator, in the order of the query."""
-    if part.num_tokens == 0:
-        return value.clone(), value.new_zeros(value.shape[:2])
-    return pick_interaction(interaction)(query, key, value, part, options)
-
-
-def _linear_rounds(query: Tensor, key: Tensor, value: Tensor, rounds: OrthogonalRounds, options: Options) -> Tensor:
-    """Sums of all rounds; a token is in each of them, and counts once."""
-    options = Options(options.scale, options.dropout_p, options.backend, need_log_norm=True)
-    out = log_norm = None
-    extra = -1
-    for part in rounds:
-        more, more_log_norm = _in_batches(query, key, value, part, "linear", options)
-        assert more_log_norm is not None  # it was asked for
-        if out is None or log_norm is None:
-            out, log_norm = more, more_log_norm
-        else:
-            out, log_norm = merge(out, log_norm, more, more_log_norm)
-        extra += 1
-    if out is None or log_norm is None:
-        raise ValueError("rounds must hold at least one partition")
-    return count_once(query, key, value, out, log_norm, extra)
+    def why_not(self, interaction: Interaction) -> str | None:
+        """It needs a sum over pairs."""
+        if interaction.can_merge:
+            return None
+        return f"it weighs the other tokens of a sum over pairs, and this is of the kind {interaction.kind.value!r}"

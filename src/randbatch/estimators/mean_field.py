@@ -156,7 +156,7 @@ def add_mean_field(
     moments: Moments,
     scale: float,
     weights: tuple[Tensor, Tensor, Tensor, Tensor],
-) -> Float[Tensor, "n h e"]:
+) -> Shaped[Tensor, "n ..."]:
     """`ω A + (α v̄ − ν v̄_C) + scale · (β Cov − ν Cov_C) q` for local attention A, by weights of each set, `[G, H]`.
 
     One product per batch. The gradient knows that the moments are those of `key` and `value`; the weights (ω, α, β, ν)

@@ -12,7 +12,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from types import CodeType
 from typing import Any
@@ -86,7 +86,9 @@ def register(
         >>> model(torch.randint(0, 100, (2, 300))).last_hidden_state.shape
         torch.Size([2, 300, 32])
     """
-    default = Sampling(batch_size, estimator, rounds, eval_rounds, backend, seed)
+    default = Sampling(
+        batch_size, estimator=estimator, rounds=rounds, eval_rounds=eval_rounds, backend=backend, seed=seed
+    )
 
     def attend_by_name(
         module: nn.Module,
@@ -100,7 +102,7 @@ def register(
         if reason is not None:
             raise ValueError(f"attention implementation {name!r} cannot serve {type(module).__name__}: {reason}")
         layer = getattr(module, "layer_idx", None)
-        sampling = default if layer is None else replace(default, seed=fold_seed(seed, layer))
+        sampling = default if layer is None else default.copy(seed=fold_seed(seed, layer))
         return attend(sampling, module, query, key, value, attention_mask, **options)
 
     register_function(name, attend_by_name, before="eager", notice=_warn_of_those_that_never_ask)
@@ -245,7 +247,10 @@ def _switch(module: Any, sampling: Sampling) -> Undo:
         # not the property, which would switch the configs inside it too
         config._attn_implementation_internal = name_over(config._attn_implementation)
     names = ("batch_size", "estimator", "rounds", "eval_rounds", "chunk_batches")
-    previous, record = vars(config).get("random_batch"), {name: getattr(sampling, name) for name in names}
+    previous, record = (
+        vars(config).get("random_batch"),
+        {name: getattr(getattr(sampling, name), "name", getattr(sampling, name)) for name in names},
+    )
     config.random_batch = record
 
     def undo() -> None:

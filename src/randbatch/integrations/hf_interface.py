@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from randbatch._optional import require
 from randbatch._shapes import Shaped
 from randbatch.integrations.sdpa import key_mask
-from randbatch.nn.opaque import attend_opaquely, is_opaque
 from randbatch.nn.sampling import Sampling, attend_in_batches, sampling_of
 
 __all__ = ["attend", "is_over", "name_over", "register_function", "register_over"]
@@ -79,9 +78,7 @@ def attend(
         key, value = (tensor.repeat_interleave(num_heads // key.shape[1], dim=1) for tensor in (key, value))
     mask = _as_key_mask(attention_mask, num_sets, num_tokens)
     turned = [tensor.transpose(1, 2) for tensor in (query, key, value)]
-    opaque = is_opaque(sampling, module.training, several_sets=mask is not None or num_sets > 1)
-    function = attend_opaquely if opaque else attend_in_batches
-    return function(sampling, module.training, *turned, mask=mask, scale=scaling, dropout_p=dropout), None
+    return attend_in_batches(sampling, module.training, *turned, mask=mask, scale=scaling, dropout_p=dropout), None
 
 
 def _as_key_mask(mask: Any, num_sets: int, num_tokens: int) -> Tensor | None:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from randbatch._shapes import Bool, Int, Shaped
 from randbatch.integrations.arguments import Other, other_tokens
 from randbatch.integrations.swap import Undo, bare_class, set_attributes, set_class, why_taken
-from randbatch.nn.opaque import attend_opaquely, is_opaque
 from randbatch.nn.sampling import Sampling, apply_in_batches, attend_in_batches, sampling_of
 
 __all__ = [
@@ -70,7 +69,7 @@ class Rule:
     swap: Callable[[nn.Module, Sampling], Undo]
     why_not: Callable[[nn.Module, Ancestors], str | None] = _takes_all
     around: Callable[[nn.Module], Iterable[nn.Module]] | None = None
-    attributes: tuple[str, ...] = ("sampling",)
+    attributes: tuple[str, ...] = ("randbatch_config",)
     any_forward: bool = False
     again: Callable[[nn.Module, Sampling], Undo] | None = None
 
@@ -112,10 +111,8 @@ class RandomBatches:
         Returns:
             The shape of `value`; zeros where there is no token.
         """
-        sampling: Any = self._module.sampling
-        several_sets = mask is not None or batch is not None or (query.dim() == 4 and query.shape[0] > 1)
-        opaque = is_opaque(sampling, self._module.training, several_sets=several_sets)
-        return (attend_opaquely if opaque else attend_in_batches)(
+        sampling: Any = self._module.randbatch_config
+        return attend_in_batches(
             sampling, self._module.training, query, key, value, mask=mask, batch=batch, scale=scale, dropout_p=dropout_p
         )
 
@@ -138,7 +135,7 @@ class RandomBatches:
         Returns:
             `[N, C']` or `[B, N, C']`; zeros where there is no token.
         """
-        sampling: Any = self._module.sampling
+        sampling: Any = self._module.randbatch_config
         return apply_in_batches(
             sampling,
             self._module.training,
@@ -269,7 +266,7 @@ def swap_class(module: nn.Module) -> Undo:
 
 def swap_module(module: nn.Module, sampling: Sampling) -> Undo:
     """Give the module the registered forward and its sampling, in place."""
-    undo_attributes = set_attributes(module, sampling=sampling)
+    undo_attributes = set_attributes(module, randbatch_config=sampling)
     undo_class = swap_class(module)
 
     def undo() -> None:

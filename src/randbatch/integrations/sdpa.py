@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from randbatch._numerics import has_no_numbers
+from randbatch._numerics import has_no_elements
 from randbatch._shapes import Bool, Shaped
+from randbatch.execution.padding import kept_where_zero
 from randbatch.integrations.arguments import refuse_other_tokens
 from randbatch.integrations.rules import RandomBatches
-from randbatch.nn._sets import kept_where_zero
 
 __all__ = ["key_mask", "through_sdpa"]
 
@@ -127,6 +127,6 @@ def _is_expanded(full: Shaped[Tensor, "b h q n"], row: Shaped[Tensor, "b 1 1 n"]
     """Whether a mask is one row for all queries and heads: by its strides, or else by its numbers."""
     if all(full.shape[dim] == 1 or full.stride(dim) == 0 for dim in (1, 2)):
         return True
-    if torch.compiler.is_compiling() or has_no_numbers(full):
+    if torch.compiler.is_compiling() or has_no_elements(full):
         return False  # no numbers to compare
     return bool((full == row).all())

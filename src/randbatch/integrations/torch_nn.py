@@ -38,7 +38,7 @@ def _subclass(original: type[Any]) -> type[nn.Module]:
 
 
 def _swap(module: nn.Module, sampling: Sampling) -> Undo:
-    undo_attributes = set_attributes(module, sampling=sampling, interaction="softmax")
+    undo_attributes = set_attributes(module, randbatch_config=sampling)
     undo_class = set_class(module, _subclass(bare_class(module)))
     hook = module.register_forward_pre_hook(no_fast_path)
 
@@ -68,7 +68,6 @@ add_rule(
         "a token attends to its random batch; weights, causal masks and masks between tokens are refused when called",
         _swap,
         _why_not,
-        attributes=("sampling", "interaction"),
     ),
 )
 add_rule(

@@ -1,32 +1,73 @@
-"""What happens inside a random batch: softmax or linear attention.
+"""What a token does with those it meets in its random batch, one file for each mechanism.
 
-An interaction is normalised, `y_i = Σ_j w_ij v_j / Σ_j w_ij`; it returns the ratio and, if asked, the logarithm of the
-denominator, by which the rounds of several partitions are merged.
+Every interaction is an object that declares what it can do (`Interaction`). A name resolves to one; an object is taken
+wherever a name is. `register` puts a class into the table:
+
+    @rb.interactions.register("cosine")
+    class Cosine(rb.interactions.Pairwise): ...
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import nn
 
-from randbatch._checks import check_choice
-from randbatch.interactions.linear import linear_attention
+from randbatch._errors import InvalidType
+from randbatch._table import Table
+from randbatch.interactions.base import Block, Interaction, Kind, Sets
+from randbatch.interactions.function import Function
+from randbatch.interactions.linear import Linear
+from randbatch.interactions.merge import Partial
 from randbatch.interactions.options import Options
-from randbatch.interactions.softmax import softmax_attention
-from randbatch.partition import Partition
+from randbatch.interactions.pairwise import Pairwise
+from randbatch.interactions.softmax import Softmax
 
-__all__ = ["INTERACTIONS", "Interaction", "Options", "pick_interaction"]
+__all__ = [
+    "INTERACTIONS",
+    "Block",
+    "Function",
+    "Interaction",
+    "Kind",
+    "Linear",
+    "Options",
+    "Pairwise",
+    "Partial",
+    "Sets",
+    "Softmax",
+    "register",
+]
 
-Interaction = Callable[[Tensor, Tensor, Tensor, Partition, Options], tuple[Tensor, Tensor | None]]
-"""Query and key `[N, H, D]`, value and output `[N, H, Dv]`, log-denominator `[N, H]` or None, all in token order."""
+_C = TypeVar("_C", bound=type[Interaction])
 
-INTERACTIONS: dict[str, Interaction] = {
-    "softmax": softmax_attention,
-    "linear": linear_attention,
-}
+INTERACTIONS: Table[Interaction] = Table("interaction", Interaction)
+Interaction.table = INTERACTIONS
 
 
-def pick_interaction(name: str) -> Interaction:
-    """The interaction called `name`; a `ValueError` names the choices."""
-    return INTERACTIONS[check_choice("interaction", name, INTERACTIONS)]
+def register(name: str) -> Callable[[_C], _C]:
+    """Add a class of interactions to the table, above its definition.
+
+    A class without parameters is made once and shared; of an `nn.Module` every layer gets one of its own.
+
+    Args:
+        name: what `interaction=` takes; the class gets it as its attribute `name`.
+
+    Raises:
+        TypeError: what is decorated is not a class of interactions, or cannot be made without arguments.
+        ValueError: the name is taken.
+    """
+
+    def add(cls: _C) -> _C:
+        if not (isinstance(cls, type) and issubclass(cls, Interaction)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidType(f"an interaction must be a subclass of Interaction, got {cls!r}")
+        made: Any = cls
+        made.name = name
+        INTERACTIONS.add(name, made if issubclass(cls, nn.Module) else made())
+        return cls
+
+    return add
+
+
+register("softmax")(Softmax)
+register("linear")(Linear)

@@ -2,40 +2,103 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from randbatch._errors import InvalidType
+from randbatch._numerics import wide_dtype
 from randbatch._shapes import Float
-from randbatch.interactions.options import Options
-from randbatch.kernels import over_blocks
-from randbatch.partition import Partition
+from randbatch.interactions.base import Block, Interaction, Kind
+from randbatch.interactions.merge import Partial
+
+__all__ = ["Linear"]
+
+FeatureMap = Callable[[Tensor], Tensor]
 
 
-def linear_attention(
-    query: Float[Tensor, "n h d"],
-    key: Float[Tensor, "n h d"],
-    value: Float[Tensor, "n h dv"],
-    part: Partition,
-    options: Options,
-) -> tuple[Float[Tensor, "n h dv"], Float[Tensor, "n h"] | None]:
-    """`y_i = φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_j φ(k_j)` with φ(x) = elu(x) + 1, and the log of the denominator.
+class Linear(Interaction):
+    """`y_i = φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_j φ(k_j)` with φ(x) = elu(x) + 1.
 
     φ never vanishes, but e^x does in floating point, and 1 + (e^x − 1) long before: a common factor of all dimensions
     is taken out of every query, and one of all tokens out of every dimension of the keys.
 
+    Args:
+        feature_map: another φ, `[…, D] -> […, F]` with positive elements, without parameters. It is computed in at
+            least fp32, and nothing is taken out of it. Default: elu + 1.
+
+    Raises:
+        TypeError: `feature_map` cannot be called, or has parameters, which no layer would find here.
+
     Source: Katharopoulos et al., "Transformers are RNNs", arXiv 2006.16236, equations 5 and 7.
+
+    Example:
+        >>> squared_relu = Linear(feature_map=lambda x: torch.relu(x).square() + 1e-3)
+        >>> squared_relu.kind.value
+        'ratio'
     """
-    _refuse_softmax_options(options)
-    out, log_norm = over_blocks(part, _attend, query, key, value)
-    return out, log_norm if options.need_log_norm else None
+
+    name = "linear"
+    kind = Kind.RATIO
+
+    def __init__(self, feature_map: FeatureMap | None = None) -> None:
+        if feature_map is not None and not callable(feature_map):
+            raise InvalidType(f"feature_map must be a function of a tensor, got {type(feature_map).__name__}")
+        if isinstance(feature_map, nn.Module):
+            raise InvalidType(
+                "feature_map must have no parameters, got an nn.Module; write an interaction that is a module itself"
+            )
+        self.feature_map = feature_map
+
+    def attend(self, block: Block, *projected: Float[Tensor, "m p h _"]) -> Float[Tensor, "m p h e"]:
+        """All tokens of the batch, through their sums."""
+        return self._attend(*projected)[0].to(projected[2].dtype)
+
+    def partial(self, block: Block, *projected: Float[Tensor, "m p h _"]) -> Partial:
+        """The sums less what a token added to them.
+
+        Where hardly anything is left, the rest is taken for as much as rounding leaves unknown.
+        """
+        query, key, value = projected
+        out, log_norm = self._attend(query, key, value)
+        if query.shape[1] == 1:
+            return Partial(torch.zeros_like(value), torch.full_like(log_norm, -torch.inf))
+        share = (self._log_own_weight(query, key) - log_norm).exp()
+        rest = (1 - share).clamp(min=torch.finfo(share.dtype).eps)
+        return Partial((out - share.unsqueeze(-1) * value) / rest.unsqueeze(-1), log_norm + rest.log())
+
+    def own(self, block: Block, *projected: Float[Tensor, "n h _"]) -> Partial:
+        """A token's value, and the logarithm of its weight on itself."""
+        query, key, value = projected
+        return Partial(value, self._log_own_weight(query, key))
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if self.feature_map is None:
+            return _attend(query, key, value)
+        query, key, value = self._map(query), self._map(key), value.to(wide_dtype(value))
+        with torch.autocast(query.device.type, enabled=False):
+            norm = torch.einsum("mphd,mhd->mph", query, key.sum(dim=1))
+            summary = torch.einsum("mphd,mphe->mhde", key, value)
+            return torch.einsum("mphd,mhde->mphe", query, summary) / norm.unsqueeze(-1), norm.log()
+
+    def _log_own_weight(self, query: Tensor, key: Tensor) -> Tensor:
+        if self.feature_map is None:
+            return _log_own_weight(query, key)
+        return (self._map(query) * self._map(key)).sum(dim=-1).log()
+
+    def _map(self, x: Tensor) -> Tensor:
+        assert self.feature_map is not None
+        with torch.autocast(x.device.type, enabled=False):
+            return self.feature_map(x.to(wide_dtype(x)))
 
 
 def _attend(
-    _: int, query: Float[Tensor, "m p h d"], key: Float[Tensor, "m p h d"], value: Float[Tensor, "m p h dv"]
+    query: Float[Tensor, "m p h d"], key: Float[Tensor, "m p h d"], value: Float[Tensor, "m p h dv"]
 ) -> tuple[Float[Tensor, "m p h dv"], Float[Tensor, "m p h"]]:
-    """Output and log of the denominator of one rectangle of batches."""
-    dtype = torch.promote_types(query.dtype, torch.float32)
+    """Output and log of the denominator of batches of one size."""
+    dtype = wide_dtype(query)
     with torch.autocast(query.device.type, enabled=False):  # autocast would round the sums over the batch
         query, key = query.to(dtype), key.to(dtype)
         query_map, query_shift, query_factor = _scale(query, dim=3)
@@ -50,7 +113,7 @@ def _attend(
         norm = torch.einsum("mphd,mhd->mph", query_map, key_map.sum(dim=1) * key_factor)
         out = torch.einsum("mphd,mhde->mphe", query_map, summary) / norm.unsqueeze(-1)
         taken_out = shift + (query_shift + query_factor.log()) + (key_shift + most.log())
-        return out.to(value.dtype), norm.log() + taken_out.squeeze(3)
+        return out, norm.log() + taken_out.squeeze(3)
 
 
 # φ(x) = e^min(x, 0) (1 + max(x, 0)); the slope at 0 is 1. What is taken out of either factor is no part of the result,
@@ -70,40 +133,14 @@ def _rest(x: Float[Tensor, "*n d"], factor: Tensor) -> Float[Tensor, "*n d"]:
     return torch.addcmul(share, F.relu(x), share)
 
 
-def count_once(
-    query: Float[Tensor, "n h d"],
-    key: Float[Tensor, "n h d"],
-    value: Float[Tensor, "n h dv"],
-    out: Float[Tensor, "n h dv"],
-    log_norm: Float[Tensor, "n h"],
-    extra: int,
-) -> Float[Tensor, "n h dv"]:
-    """Attention and log of its denominator in which each token is `extra` times too often its own key, put right."""
-    share = extra * (log_own_weight(query, key) - log_norm).exp().unsqueeze(-1)  # of the whole
-    return ((out - share * value) / (1 - share)).to(value.dtype)
-
-
-def log_own_weight(query: Float[Tensor, "n h d"], key: Float[Tensor, "n h d"]) -> Float[Tensor, "n h"]:
+def _log_own_weight(query: Float[Tensor, "*n h d"], key: Float[Tensor, "*n h d"]) -> Float[Tensor, "*n h"]:
     """`log φ(q_i)ᵀ φ(k_i)`, of the weight of a token on itself, in at least fp32."""
-    dtype = torch.promote_types(query.dtype, torch.float32)
+    dtype = wide_dtype(query)
     (query_log, query_shift, query_factor), (key_log, key_shift, key_factor) = (
-        _scale(x.to(dtype), dim=2) for x in (query, key)
+        _scale(x.to(dtype), dim=-1) for x in (query, key)
     )
     logs = query_log + key_log
-    shift = logs.detach().amax(dim=2, keepdim=True)
+    shift = logs.detach().amax(dim=-1, keepdim=True)
     weights = (logs - shift).exp() * _rest(query.to(dtype), query_factor) * _rest(key.to(dtype), key_factor)
     taken_out = shift + (query_shift + query_factor.log()) + (key_shift + key_factor.log())
-    return weights.sum(dim=2).log() + taken_out.squeeze(2)
-
-
-def _refuse_softmax_options(options: Options) -> None:
-    if options.scale is not None:
-        raise ValueError(f"scale must be None with interaction 'linear', which has no logits; got {options.scale}")
-    if options.dropout_p:
-        raise ValueError(
-            f"dropout_p must be 0 with interaction 'linear', which has no attention weights; got {options.dropout_p}"
-        )
-    if options.backend != "auto":
-        raise ValueError(
-            f"backend must be 'auto' with interaction 'linear', which has one implementation; got {options.backend!r}"
-        )
+    return weights.sum(dim=-1).log() + taken_out.squeeze(-1)

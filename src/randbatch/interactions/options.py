@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from randbatch.kernels import Backend
+
+__all__ = ["Options"]
 
 
 @dataclass(frozen=True)
@@ -12,11 +16,13 @@ class Options:
     Attributes:
         scale: factor of the logits; None for the interaction's own (1/√D for softmax).
         dropout_p: probability that an attention weight is dropped.
-        backend: a name in `randbatch.kernels.BACKENDS`, or `"auto"`.
-        need_log_norm: whether the logarithm of the denominator is wanted.
+        backend: a name in `randbatch.kernels.BACKENDS`, a backend, or `"auto"`.
     """
 
     scale: float | None = None
     dropout_p: float = 0.0
-    backend: str = "auto"
-    need_log_norm: bool = False
+    backend: str | Backend = "auto"
+
+    def differentiable(self) -> Options:
+        """The same by plain torch, which can be differentiated to every order."""
+        return replace(self, backend="reference")

@@ -22,7 +22,7 @@ It has no gradient."""
 Grads = tuple[Tensor, Tensor, Tensor]
 """Where the gradients of query, key and value are written; adjacent numbers of a head, any strides else."""
 
-Attend = Callable[[Tensor, Tensor, Tensor, Partition, Problem, OwnShift | None], tuple[Tensor, Tensor | None]]
+Attend = Callable[..., tuple[Tensor, Tensor | None]]
 Forward = Callable[[Tensor, Tensor, Tensor, Partition, Problem], tuple[Tensor, Tensor]]
 Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Partition, Problem, Grads], None]
 
@@ -31,19 +31,32 @@ Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Partition, 
 class Backend:
     """One way to compute softmax attention inside the batches of a partition.
 
-    `why_not(problem)` is None, or the reason why it cannot.
-
-    `attend(query, key, value, partition, problem, own_shift)` takes query and key `[N, H, D]` and value `[N, H, Dv]` in
-    token order and returns the output `[N, H, Dv]` and, if `problem.need_lse`, the log-sum-exp of the logits `[N, H]`,
-    −∞ (and output 0) for a token without keys. Autograd knows it.
-
-    `forward(query, key, value, partition, problem)` is the same without autograd, without dropout and always with the
-    log-sum-exp. `backward(grad, query, key, value, out, lse, partition, problem, grads)` fills `grads` with the
-    gradients of query, key and value for weights `exp(logit − lse)`, where `out` and `lse` may be those of attention
-    over more keys than the batch holds. So an attention can be computed part by part.
+    Attributes:
+        name: how options and messages call it.
+        why_not: from a problem to None, or to the reason why it cannot be computed.
+        attend: from query and key `[N, H, D]` and value `[N, H, Dv]` in token order, a partition, a problem and
+            (default: None) an own shift to the output `[N, H, Dv]` and, if `problem.need_lse`, the log-sum-exp of the
+            logits `[N, H]`, −∞ (and output 0) for a token without keys. Autograd knows it.
+        forward: the same without an own shift, without autograd, without dropout, always with the log-sum-exp.
+        backward: from grad, query, key, value, out, lse, partition, problem, grads; it fills `grads` with the gradients
+            of query, key and value for weights `exp(logit − lse)`, where `out` and `lse` may be those of attention over
+            more keys than the batch holds. So attention can be computed part by part.
+        auto_on: types of the devices on which `"auto"` takes it; None for every device.
+        stores_logits: whether the P² logits of a batch are stored.
+        hint: said once where it could run and `"auto"` does not take it.
     """
 
+    name: str
     why_not: Callable[[Problem], str | None]
     attend: Attend
     forward: Forward
     backward: Backward
+    auto_on: tuple[str, ...] | None = None
+    stores_logits: bool = False
+    hint: str | None = None
+
+    def why_not_on(self, problem: Problem) -> str | None:
+        """Why `"auto"` does not take it."""
+        if self.auto_on is not None and problem.device.type not in self.auto_on:
+            return f"'auto' does not take it on {problem.device.type}"
+        return self.why_not(problem)

@@ -1,7 +1,7 @@
-"""From functions of rectangles `[M, P, H, D]` to functions of tokens and a partition.
+"""From functions of dense blocks `[M, P, H, D]` to functions of tokens and a partition.
 
-Batches of equal size are a rectangle without padding. What is not fused moves the tokens into batch order, works on one
-rectangle for each size, and moves the results back.
+Batches of equal size are a dense block without padding. What is not fused moves the tokens into batch order, works on
+one block for each size, and moves the results back.
 """
 
 from __future__ import annotations
@@ -11,24 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from randbatch._shapes import Float, Shaped
+from randbatch._shapes import Float
 from randbatch.kernels.backend import Backend, Grads, OwnShift
 from randbatch.kernels.problem import Problem
 from randbatch.partition import Partition
 
-__all__ = ["in_blocks", "over_blocks"]
-
-
-def over_blocks(
-    part: Partition, function: Callable[..., tuple[Tensor, ...]], *tensors: Shaped[Tensor, "n ..."]
-) -> tuple[Shaped[Tensor, "n ..."], ...]:
-    """`function(position, *blocks)` of the blocks `[rows, width, …]` of every size; its results in token order.
-
-    The position is that of the size in `part.groups`, which must not be empty.
-    """
-    blocks = zip(*(part.split(part.pack(tensor)) for tensor in tensors), strict=True)
-    results = [function(position, *block) for position, block in enumerate(blocks)]
-    return tuple(part.unpack(part.join(pieces)) for pieces in zip(*results, strict=True))
+__all__ = ["in_blocks"]
 
 
 AttendBlock = Callable[[Tensor, Tensor, Tensor, Problem, Tensor | None], tuple[Tensor, Tensor | None]]
@@ -37,12 +25,15 @@ BackwardBlock = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Proble
 
 
 def in_blocks(
+    name: str,
     why_not: Callable[[Problem], str | None],
     attend_block: AttendBlock,
     forward_block: ForwardBlock,
     backward_block: BackwardBlock,
+    *,
+    stores_logits: bool = False,
 ) -> Backend:
-    """The backend whose functions are given for one rectangle; there `own_shift` is `[M, H]` or `[1, H]`."""
+    """The backend whose functions are given for one dense block; there `own_shift` is `[M, H]` or `[1, H]`."""
 
     def attend(
         query: Float[Tensor, "n h d"],
@@ -50,7 +41,7 @@ def in_blocks(
         value: Float[Tensor, "n h dv"],
         part: Partition,
         problem: Problem,
-        own_shift: OwnShift | None,
+        own_shift: OwnShift | None = None,
     ) -> tuple[Float[Tensor, "n h dv"], Float[Tensor, "n h"] | None]:
         def each(position: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
             if _is_lonely(q, problem):
@@ -58,7 +49,7 @@ def in_blocks(
             out, lse = attend_block(q, k, v, problem, None if own_shift is None else own_shift[position])
             return (out,) if lse is None else (out, lse)
 
-        out, *lse = over_blocks(part, each, query, key, value)
+        out, *lse = part.map_blocks(each, query, key, value)
         return out, lse[0] if problem.need_lse else None
 
     def forward(
@@ -71,7 +62,7 @@ def in_blocks(
         def each(_: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             return _nothing(q, v) if _is_lonely(q, problem) else forward_block(q, k, v, problem)
 
-        out, lse = over_blocks(part, each, query, key, value)
+        out, lse = part.map_blocks(each, query, key, value)
         return out, lse
 
     def backward(
@@ -92,10 +83,10 @@ def in_blocks(
             return backward_block(grad, query, key, value, out, lse, problem)
 
         tensors = (grad, query, key, value, out, lse)
-        for to, found in zip(grads, over_blocks(part, each, *tensors), strict=True):
+        for to, found in zip(grads, part.map_blocks(each, *tensors), strict=True):
             to.copy_(found)
 
-    return Backend(why_not, attend, forward, backward)
+    return Backend(name, why_not, attend, forward, backward, stores_logits=stores_logits)
 
 
 def _is_lonely(query: Tensor, problem: Problem) -> bool:

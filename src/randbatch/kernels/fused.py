@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from randbatch._autograd import pull_back, refuse_second_derivative
+from randbatch._autograd import is_dispatched, pull_back, refuse_second_derivative
 from randbatch._shapes import Float, Int
 from randbatch.kernels import reference
 from randbatch.kernels.backend import Backend, Grads, OwnShift
@@ -65,10 +66,12 @@ weights `exp(logit − lse)`; out and lse may be those of attention over more ke
 class Operators:
     """`attend(query, key, value, *batches)` → out, lse; `backward(grad, grad_lse, query, …, lse, *batches)`.
 
+    `attend_now` is the first as a plain function: what torch does around an operator takes as long as a small call.
     `fill_gradients` is the second as a plain function of eager mode, which writes into tensors that there are.
     """
 
     attend: Any
+    attend_now: Callable[..., tuple[Tensor, Tensor]]
     backward: Any
     fill_gradients: Callable[..., None]
 
@@ -141,6 +144,7 @@ def define_operators(name: str, run_forward: RunForward, run_backward: RunBackwa
             mutates_args=(),
             schema=f"({qkv}, {_BATCHES}, {_OPTIONS}) -> (Tensor, Tensor)",
         ),
+        attend,
         torch.library.custom_op(
             f"randbatch::{name}_backward",
             backward,
@@ -156,6 +160,15 @@ def define_operators(name: str, run_forward: RunForward, run_backward: RunBackwa
     operators.attend.register_autograd(differentiate, setup_context=save)
     operators.backward.register_fake(backward_fake)
     return operators
+
+
+def _is_eager(*tensors: Tensor) -> bool:
+    """Whether nothing but the output is wanted: no gradient, no compiler, no mode that sees operators."""
+    if torch.compiler.is_compiling() or is_dispatched():
+        return False
+    if any(type(x) is not Tensor and type(x) is not Parameter for x in tensors):
+        return False
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 
 
 def _batches(part: Partition) -> tuple[Tensor, Tensor, Tensor, list[int]]:
@@ -201,7 +214,14 @@ def _differentiate_again(
     return pull_back(formula, inputs, grads)
 
 
-def fused(why_not: Callable[[Problem], str | None], operators: Operators) -> Backend:
+def fused(
+    name: str,
+    why_not: Callable[[Problem], str | None],
+    operators: Operators,
+    *,
+    auto_on: tuple[str, ...] | None = None,
+    hint: str | None = None,
+) -> Backend:
     """The backend that these operators make. Dropout draws its seed from torch's default generator."""
 
     def why_not_here(problem: Problem) -> str | None:
@@ -213,15 +233,15 @@ def fused(why_not: Callable[[Problem], str | None], operators: Operators) -> Bac
         value: Float[Tensor, "n h dv"],
         part: Partition,
         problem: Problem,
-        own_shift: OwnShift | None,
+        own_shift: OwnShift | None = None,
     ) -> tuple[Float[Tensor, "n h dv"], Float[Tensor, "n h"] | None]:
         seed = None
         if problem.dropout_p > 0:  # on the CPU, where activation checkpointing replays it
             seed = torch.randint(2**63 - 1, (1,), device="cpu").to(query.device, non_blocking=True)
         shift = _shift(query, part, problem, own_shift)
-        out, lse = operators.attend(
-            query, key, value, *_batches(part), shift, seed, problem.scale, problem.dropout_p
-        )  # fmt: skip
+        batches = *_batches(part), shift, seed, problem.scale, problem.dropout_p
+        compute = operators.attend_now if _is_eager(query, key, value) else operators.attend
+        out, lse = compute(query, key, value, *batches)
         return out, lse if problem.need_lse else None
 
     def forward(
@@ -231,9 +251,10 @@ def fused(why_not: Callable[[Problem], str | None], operators: Operators) -> Bac
         part: Partition,
         problem: Problem,
     ) -> tuple[Float[Tensor, "n h dv"], Float[Tensor, "n h"]]:
-        shift = _shift(query, part, problem, None)
+        batches = *_batches(part), _shift(query, part, problem, None), None, problem.scale, 0.0
         with torch.no_grad():
-            return operators.attend(query, key, value, *_batches(part), shift, None, problem.scale, 0.0)
+            compute = operators.attend_now if _is_eager(query, key, value) else operators.attend
+            return compute(query, key, value, *batches)
 
     def backward(
         grad: Float[Tensor, "n h dv"],
@@ -250,4 +271,4 @@ def fused(why_not: Callable[[Problem], str | None], operators: Operators) -> Bac
         args = (grad, None, query, key, value, out, lse, *_batches(part), shift, None, problem.scale, 0.0)
         operators.fill_gradients(grads, *args)
 
-    return Backend(why_not_here, attend, forward, backward)
+    return Backend(name, why_not_here, attend, forward, backward, auto_on, hint=hint)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from randbatch._autograd import is_transformed
+from randbatch._numerics import logit_scale
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,24 @@ class Problem:
     ) -> Problem:
         """The problem posed by query `[…, D]` and value `[…, Dv]`; the default scale is 1/√D."""
         size, value_size = int(query.shape[-1]), int(value.shape[-1])  # no symbols: kernels are made for them
-        factor = 1 / math.sqrt(size) if scale is None else scale
+        return cls.of_sizes(query, size, value_size, scale, dropout_p, need_lse=need_lse, exclude_self=exclude_self)
+
+    @classmethod
+    def of_sizes(
+        cls,
+        like: Tensor,
+        head_size: int,
+        value_size: int,
+        scale: float | None,
+        dropout_p: float = 0.0,
+        *,
+        need_lse: bool = False,
+        exclude_self: bool = False,
+    ) -> Problem:
+        """The same for projections of these sizes, of the device and the dtype of `like`."""
+        factor = logit_scale(scale, head_size)
         return cls(
-            query.device,
-            query.dtype,
-            size,
-            value_size,
-            factor,
-            dropout_p,
-            need_lse,
-            exclude_self,
-            is_transformed(),
+            like.device, like.dtype, head_size, value_size, factor, dropout_p, need_lse, exclude_self, is_transformed()
         )
 
     def why_not_transformed(self) -> str | None:

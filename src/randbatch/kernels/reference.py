@@ -81,4 +81,4 @@ def backward(
         return grad_query, grad_key, grad_value
 
 
-BACKEND = in_blocks(why_not, attend, forward, backward)
+BACKEND = in_blocks("reference", why_not, attend, forward, backward, stores_logits=True)

@@ -181,4 +181,4 @@ def backward(
     return grad_query, grad_key, grad_value
 
 
-BACKEND = in_blocks(why_not, attend, forward, backward)
+BACKEND = in_blocks("sdpa", why_not, attend, forward, backward)

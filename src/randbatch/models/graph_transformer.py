@@ -6,23 +6,36 @@ Shape letters: N nodes, E edges, F input features, C channels, G graphs, K outpu
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from randbatch._autograd import is_transformed
 from randbatch._checks import check_batch_vector, check_choice, check_integer, check_probability
-from randbatch._numerics import check_tensor, has_no_numbers
+from randbatch._numerics import check_tensor, has_no_elements
 from randbatch._shapes import Float, Int
+from randbatch.interactions import INTERACTIONS
 from randbatch.models.local import make_convolution, pass_messages, prepare_edges
-from randbatch.nn import RandomBatchAttention
+from randbatch.nn import RandomBatchAttention, RandomBatchConfig
 from randbatch.partition import fold_seed
 
-__all__ = ["ATTENTIONS", "GraphTransformer"]
+__all__ = ["ATTENTIONS", "GraphTransformer", "attention_names"]
 
-ATTENTIONS = ("rba", "full", "linear", "off")
+ATTENTIONS: dict[str, Callable[[RandomBatchConfig], RandomBatchConfig | None]] = {
+    "rba": lambda config: config,
+    "full": lambda config: RandomBatchConfig(sys.maxsize, backend=config.backend),
+    "linear": lambda config: RandomBatchConfig(sys.maxsize, interaction="linear"),
+    "off": lambda config: None,
+}
+"""Name → what becomes of the config. `full` and `linear` are the limit in which one batch holds a whole graph."""
+
+
+def attention_names() -> list[str]:
+    """The names that `attention` takes: those of `ATTENTIONS`, and every interaction, in random batches."""
+    return [*ATTENTIONS, *(name for name in INTERACTIONS if name not in ATTENTIONS)]
 
 
 @dataclass(frozen=True)
@@ -31,33 +44,21 @@ class _LayerOptions:
     heads: int
     local: str
     attention: str
-    batch_size: int
-    estimator: str
-    rounds: int
-    eval_rounds: int | None
+    config: RandomBatchConfig
     order: str
     dropout: float
     attention_dropout: float
-    chunk_batches: int | Literal["auto"] | None
 
 
 def _make_attention(options: _LayerOptions, seed: int) -> RandomBatchAttention | None:
-    """Global attention by name. `full` and `linear` are the limit in which one batch holds a whole graph."""
-    if options.attention == "off":
+    """Global attention by name."""
+    of_mode = ATTENTIONS.get(options.attention)
+    config = options.config.copy(interaction=options.attention) if of_mode is None else of_mode(options.config)
+    if config is None:
         return None
-    random = options.attention == "rba"
-    return RandomBatchAttention(
-        options.channels,
-        options.heads,
-        options.batch_size if random else sys.maxsize,
-        dropout=options.attention_dropout,
-        estimator=options.estimator if random else "plain",
-        rounds=options.rounds if random else 1,
-        eval_rounds=options.eval_rounds if random else None,
-        interaction="linear" if options.attention == "linear" else "softmax",
-        seed=seed,
-        chunk_batches=options.chunk_batches if random else None,
-    )
+    interaction, _ = config.resolved()
+    dropout = options.attention_dropout if interaction.has_dropout else 0.0
+    return RandomBatchAttention(options.channels, options.heads, config.copy(seed=seed), dropout=dropout)
 
 
 class _Layer(nn.Module):
@@ -108,19 +109,16 @@ class GraphTransformer(nn.Module):
         layers: L. Default: 3; with random batches depth also mixes what the batches know.
         heads: attention heads H. Default: 4.
         local: `"gcn"`, `"sage"` (mean), `"gat"`, `"gin"` or `"off"`. Default: `"sage"`, the cheapest.
-        attention: `"rba"` (random batches), `"full"`, `"linear"` (over each whole graph) or `"off"`.
-        batch_size: p of `"rba"`. Default: 128.
-        estimator: of `"rba"`. Default: `"plain"`.
-        rounds: partitions per layer in training, of `"rba"`. Default: 1.
-        eval_rounds: partitions per layer in eval. Default: the same as `rounds`.
+        attention: `"rba"` (softmax in random batches), `"full"`, `"linear"` (over each whole graph), `"off"`, or the
+            name of any other interaction, in random batches.
+        batch_size: p of random batches, or a `RandomBatchConfig`. Default: 128.
         order: attention after message passing (`"then"`) or beside it, on the same input (`"beside"`).
         level: `"node"` or `"graph"`: what is predicted.
         dropout: after each branch and inside the MLP. Default: 0.
         input_dropout: on the input features. Default: 0.
-        attention_dropout: on attention weights. Default: 0.
-        chunk_batches: random batches at a time, computed again in backward, which saves memory; an int or `"auto"`.
-            Default: None, all at once.
+        attention_dropout: on attention weights, where there are some. Default: 0.
         seed: the partitions of eval; each layer derives its own. Default: 0.
+        **options: any option of `RandomBatchConfig`, for random batches.
 
     Raises:
         ValueError: an unknown name, a number out of range.
@@ -143,17 +141,14 @@ class GraphTransformer(nn.Module):
         heads: int = 4,
         local: str = "sage",
         attention: str = "rba",
-        batch_size: int = 128,
-        estimator: str = "plain",
-        rounds: int = 1,
-        eval_rounds: int | None = None,
+        batch_size: int | RandomBatchConfig = 128,
         order: Literal["then", "beside"] = "then",
         level: Literal["node", "graph"] = "node",
         dropout: float = 0.0,
         input_dropout: float = 0.0,
         attention_dropout: float = 0.0,
-        chunk_batches: int | Literal["auto"] | None = None,
         seed: int = 0,
+        **options: Any,
     ) -> None:
         super().__init__()
         numbers = {"in_channels": in_channels, "out_channels": out_channels, "channels": channels, "heads": heads}
@@ -162,20 +157,18 @@ class GraphTransformer(nn.Module):
         check_integer("layers", layers, 0)
         if channels % heads:
             raise ValueError(f"channels must be a multiple of heads, got {channels} and {heads}")
-        check_choice("attention", attention, ATTENTIONS)
+        check_choice("attention", attention, attention_names())
         check_choice("order", order, ("then", "beside"))
         check_choice("level", level, ("node", "graph"))
         check_probability("dropout", dropout)
         check_probability("input_dropout", input_dropout)
-        options = _LayerOptions(
-            channels, heads, local, attention, batch_size, estimator, rounds, eval_rounds, order, dropout,
-            attention_dropout, chunk_batches,
-        )  # fmt: skip
+        config = RandomBatchConfig.of(batch_size, options)
+        how = _LayerOptions(channels, heads, local, attention, config, order, dropout, attention_dropout)
         self.local = local
         self.level = level
         self.input_dropout = nn.Dropout(input_dropout)
         self.embed = nn.Linear(in_channels, channels)
-        self.layers = nn.ModuleList(_Layer(options, fold_seed(seed, layer)) for layer in range(layers))
+        self.layers = nn.ModuleList(_Layer(how, fold_seed(seed, layer)) for layer in range(layers))
         self.norm = nn.LayerNorm(channels)
         self.head = nn.Linear(channels, out_channels)
 
@@ -242,7 +235,7 @@ def _mean_over_graphs(
 
 def _count_graphs(batch: Int[Tensor, " n"], num_graphs: int | None) -> int:
     """G, checked: there is a row for each of 0 … G−1, so numbers must not be ids of any size."""
-    if has_no_numbers(batch):
+    if has_no_elements(batch):
         if num_graphs is None:
             raise ValueError("num_graphs must be given where batch is a meta or fake tensor")
         return num_graphs

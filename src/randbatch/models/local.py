@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,32 +12,62 @@ from torch import Tensor, nn
 
 from randbatch._autograd import pull_back, refuse_second_derivative, refuse_transforms
 from randbatch._checks import check_choice
-from randbatch._numerics import has_no_numbers
+from randbatch._numerics import has_no_elements
 from randbatch._optional import require
 from randbatch._shapes import Float, Int
 
 __all__ = ["CONVOLUTIONS", "check_edges", "make_convolution", "pass_messages", "prepare_edges"]
 
-CONVOLUTIONS = ("gcn", "sage", "gat", "gin", "off")
+
+@dataclass(frozen=True)
+class Convolution:
+    """A kind of message passing.
+
+    Attributes:
+        make: from C channels and heads to the module; None for no message passing.
+        normalised: whether edges are weighted, and every node gets a loop, as a GCN has it.
+        sums: whether it is a weighted sum over neighbours, which a sparse product computes.
+    """
+
+    make: Callable[[int, int], nn.Module] | None
+    normalised: bool = False
+    sums: bool = True
+
+
+def _gcn(channels: int, heads: int) -> nn.Module:
+    # `prepare_edges` normalises, once for all layers
+    return require("torch_geometric.nn").GCNConv(channels, channels, normalize=False)
+
+
+def _sage(channels: int, heads: int) -> nn.Module:
+    return require("torch_geometric.nn").SAGEConv(channels, channels)
+
+
+def _gat(channels: int, heads: int) -> nn.Module:
+    return require("torch_geometric.nn").GATConv(channels, channels // heads, heads=heads)
+
+
+def _gin(channels: int, heads: int) -> nn.Module:
+    mlp = nn.Sequential(nn.Linear(channels, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels))
+    return require("torch_geometric.nn").GINConv(mlp, train_eps=True)
+
+
+CONVOLUTIONS: dict[str, Convolution] = {
+    "gcn": Convolution(_gcn, normalised=True),
+    "sage": Convolution(_sage),
+    "gat": Convolution(_gat, sums=False),
+    "gin": Convolution(_gin),
+    "off": Convolution(None),
+}
 
 
 def make_convolution(name: str, channels: int, heads: int) -> nn.Module | None:
-    """The convolution called `name`, C channels to C channels, or None for `"off"`.
+    """The convolution called `name`, C channels to C channels, or None where there is none.
 
     It is called as `conv(x, *edges)` with `edges` from `prepare_edges`.
     """
-    check_choice("local", name, CONVOLUTIONS)
-    if name == "off":
-        return None
-    pyg = require("torch_geometric.nn")
-    if name == "gcn":
-        return pyg.GCNConv(channels, channels, normalize=False)  # `prepare_edges` normalises, once for all layers
-    if name == "sage":
-        return pyg.SAGEConv(channels, channels)
-    if name == "gat":
-        return pyg.GATConv(channels, channels // heads, heads=heads)
-    mlp = nn.Sequential(nn.Linear(channels, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels))
-    return pyg.GINConv(mlp, train_eps=True)
+    make = CONVOLUTIONS[check_choice("local", name, CONVOLUTIONS)].make
+    return None if make is None else make(channels, heads)
 
 
 def pass_messages(conv: nn.Module, x: Float[Tensor, "n c"], edges: tuple[Tensor, ...]) -> Float[Tensor, "n c"]:
@@ -97,7 +129,7 @@ def check_edges(edge_index: Tensor, num_nodes: int) -> None:
         raise TypeError(f"edge_index must be int64, got {edge_index.dtype}")
     if edge_index.dim() != 2 or edge_index.shape[0] != 2:
         raise ValueError(f"edge_index must have shape [2, E], got {list(edge_index.shape)}")
-    if edge_index.numel() and not (torch.compiler.is_compiling() or has_no_numbers(edge_index)):
+    if edge_index.numel() and not (torch.compiler.is_compiling() or has_no_elements(edge_index)):
         low, high = (int(end) for end in torch.aminmax(edge_index))
         if low < 0 or high >= num_nodes:
             raise ValueError(f"edge_index must hold nodes 0 to {num_nodes - 1}, got {low if low < 0 else high}")
@@ -118,22 +150,24 @@ def prepare_edges(
     keeps `[2, E]`. So do all of them if not `sparse`, for `torch.compile`, and on a CPU in half precision or without
     MKL, where torch has no sparse product.
     """
-    check_choice("local", name, CONVOLUTIONS)
+    kind = CONVOLUTIONS[check_choice("local", name, CONVOLUTIONS)]
     check_edges(edge_index, num_nodes)
     with torch.inference_mode(False):  # they are kept, and training may be next to want them
-        return _prepare(name, edge_index.clone() if edge_index.is_inference() else edge_index, num_nodes, dtype, sparse)
+        return _prepare(kind, edge_index.clone() if edge_index.is_inference() else edge_index, num_nodes, dtype, sparse)
 
 
-def _prepare(name: str, edge_index: Tensor, num_nodes: int, dtype: torch.dtype, sparse: bool) -> tuple[Tensor, ...]:
-    if name == "off":
+def _prepare(
+    kind: Convolution, edge_index: Tensor, num_nodes: int, dtype: torch.dtype, sparse: bool
+) -> tuple[Tensor, ...]:
+    if kind.make is None:
         return (edge_index,)
-    if has_no_numbers(edge_index):
-        return (edge_index, edge_index.new_ones(edge_index.shape[1], dtype=dtype)) if name == "gcn" else (edge_index,)
+    if has_no_elements(edge_index):
+        return (edge_index, edge_index.new_ones(edge_index.shape[1], dtype=dtype)) if kind.normalised else (edge_index,)
     edge_index = require("torch_geometric.utils").coalesce(edge_index, num_nodes=num_nodes)
-    if name == "gat":
+    if not kind.sums:
         return (edge_index,)
     weight = None
-    if name == "gcn":
+    if kind.normalised:
         norm = require("torch_geometric.nn.conv.gcn_conv").gcn_norm
         edge_index, weight = norm(edge_index, None, num_nodes, add_self_loops=True, dtype=dtype)
     on_cpu = torch.backends.mkl.is_available() and dtype in (torch.float32, torch.float64)

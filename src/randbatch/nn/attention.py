@@ -6,7 +6,7 @@ Shape letters: N tokens, C channels, H heads, D = C / H head size, B padded sets
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,20 +14,15 @@ from torch import Tensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from randbatch._autograd import is_transformed
-from randbatch._checks import check_choice, check_integer, check_probability
-from randbatch._numerics import check_tensor, has_no_numbers
-from randbatch._shapes import Bool, Float, Int
-from randbatch.estimators import pick_estimator
-from randbatch.estimators.in_pieces import Pipeline, estimate_in_pieces
-from randbatch.interactions import INTERACTIONS, Options
-from randbatch.kernels import Problem, pick_backend
-from randbatch.nn._sets import PaddedSets, kept_where_zero
-from randbatch.nn.calls import next_seed
-from randbatch.nn.opaque import attend_opaquely, is_opaque
-from randbatch.nn.projected import attend_projected
-from randbatch.nn.sampling import Sampling, attend_in_batches
-from randbatch.orthogonal import Rounds
-from randbatch.partition import Partition
+from randbatch._checks import check_batch_vector, check_integer, check_probability
+from randbatch._errors import InvalidValue
+from randbatch._numerics import check_tensor, has_no_elements
+from randbatch._shapes import Shaped
+from randbatch.execution import LinearProjections, run
+from randbatch.execution.padding import kept_where_zero
+from randbatch.interactions import Softmax
+from randbatch.interactions.rounds import Projections
+from randbatch.nn.config import RandomBatchConfig, own_config
 
 __all__ = ["RandomBatchAttention", "no_fast_path"]
 
@@ -39,35 +34,27 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
     every call draws a fresh partition from torch's default CPU generator; in eval the partition depends on `seed`
     alone, so that predictions are deterministic.
 
-    The attribute `sampling` (a `randbatch.nn.Sampling`) holds `batch_size` to `seed`; change them there.
+    The attribute `randbatch_config` (a `RandomBatchConfig`) holds the options; change them there.
 
-    A subclass of `torch.nn.MultiheadAttention`: parameters, initialisation and `state_dict` are the same, both ways.
+    A subclass of `torch.nn.MultiheadAttention`: parameters, initialisation and `state_dict` are the same, both ways. An
+    interaction with parameters becomes the child `interaction`.
 
     Args:
         embed_dim: C, channels of a token; a multiple of `num_heads`.
         num_heads: H.
-        batch_size: p >= 2, tokens in a random batch.
+        batch_size: p >= 2, tokens in a random batch; or a `RandomBatchConfig`, whose options the layer takes over.
         dropout: probability that an attention weight is dropped in training. Default: 0.
         bias: whether the projections have a bias. Default: True, as in torch.
-        estimator: how in-batch outputs estimate full attention. Default: `"plain"`, the paper's.
-        rounds: R >= 1 orthogonal partitions per call in training: a token meets R (p − 1) others. Default: 1.
-        eval_rounds: R in eval. Default: the same as `rounds`.
-        interaction: `"softmax"` or `"linear"`.
-        backend: the backend of the softmax interaction. Default: the first that can.
-        seed: the partitions of eval. Layers that share their batches do not mix what the batches know, so each has its
-            own. Default: the layer's number among those that this process made without a seed, so the same program
-            has the same seeds. `randbatch.set_inference` derives them from the paths in a model instead, and tells
-            deep copies apart.
-        chunk_batches: batches at a time, projected, attended and projected again, and all that once more in backward:
-            memory is that of input, output, their gradients and one piece, whatever p; several rounds also keep what is
-            attended. `"auto"`: as many as fit into free memory, and no more than are of use. Not for the estimator
-            `"corrected"`. Default: None, all at once.
         batch_first: whether padded sets are `[B, N, C]` (True, the default) or `[N, B, C]`.
         device: where the parameters live.
         dtype: the parameters' floating dtype.
+        **options: any option of `RandomBatchConfig`: `interaction`, `estimator`, `rounds`, … Default of `seed`: the
+            layer's number among those that this process made without a seed, so the same program has the same seeds.
+            Layers that share their batches do not mix what the batches know, so each has its own;
+            `randbatch.set_inference` derives them from the paths in a model instead, and tells deep copies apart.
 
     Raises:
-        TypeError: an argument that must be an int is not.
+        TypeError: an argument that must be an int is not, or there is no such option.
         ValueError: a number out of range, `embed_dim` not a multiple of `num_heads`, an unknown name.
 
     Example:
@@ -84,30 +71,32 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
         self,
         embed_dim: int,
         num_heads: int,
-        batch_size: int,
+        batch_size: int | RandomBatchConfig,
         *,
         dropout: float = 0.0,
         bias: bool = True,
-        estimator: str = "plain",
-        rounds: int = 1,
-        eval_rounds: int | None = None,
-        interaction: str = "softmax",
-        backend: str = "auto",
-        seed: int | None = None,
-        chunk_batches: int | Literal["auto"] | None = None,
         batch_first: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
         embed_dim = check_integer("embed_dim", embed_dim, 1)
         num_heads = check_integer("num_heads", num_heads, 1)
         if embed_dim % num_heads:
-            raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
+            raise InvalidValue(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
         check_probability("dropout", dropout)
+        config = own_config(batch_size, options)
+        config.check(dropout)
+        interaction, _ = config.resolved()
+        if interaction.projections != Softmax.projections:
+            raise InvalidValue(
+                f"interaction must take query, key and value here, but {interaction.name!r} takes "
+                f"{', '.join(interaction.projections)}"
+            )
         super().__init__(embed_dim, num_heads, dropout, bias, batch_first=batch_first, device=device, dtype=dtype)
-        self.interaction = check_choice("interaction", interaction, INTERACTIONS)
-        seed = next_seed() if seed is None else seed
-        self.sampling = Sampling(batch_size, estimator, rounds, eval_rounds, backend, seed, chunk_batches=chunk_batches)
+        self.randbatch_config = config
+        if isinstance(interaction, torch.nn.Module):
+            self.interaction = interaction
         # TransformerEncoderLayer's fast path reads the weights and never calls forward; a hook turns it off.
         self.register_forward_pre_hook(no_fast_path)
 
@@ -162,7 +151,8 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
                 "it is one, though the numbers differ, say same_tokens=True"
             )
         if query.dim() == 2 and key_padding_mask is None:
-            out = self._attend(query, key, value, batch)
+            check_batch_vector(batch, query.shape[0], query.device)
+            out = self._attend(query, key, value, batch=batch)
         elif batch is not None:
             raise ValueError("batch is for flat tokens [N, C] without key_padding_mask; leave the padding out of them")
         else:
@@ -205,123 +195,55 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
             query, key, value = _map_distinct(lambda x: x.transpose(0, 1), query, key, value)
         if padding is not None:  # torch's True means no token
             padding = ~padding if padding.dtype == torch.bool else kept_where_zero(padding, "key_padding_mask")
-        if self._is_opaque(query, padding is not None or query.shape[0] > 1):
-            out = self._attend_opaquely(query, key, value, padding, None)
-            return out if self.batch_first else out.transpose(0, 1)
-        sets = PaddedSets.of(query, padding, "key_padding_mask")
-        out = sets.restore(self._attend(*_map_distinct(sets.flatten, query, key, value), sets.batch))
+        out = self._attend(query, key, value, padded=True, mask=padding)
         return out if self.batch_first else out.transpose(0, 1)
 
     def _attend(
         self,
-        query: Float[Tensor, "n c"],
-        key: Float[Tensor, "n c"],
-        value: Float[Tensor, "n c"],
-        batch: Int[Tensor, " n"] | None,
-    ) -> Float[Tensor, "n c"]:
-        sampling = self.sampling
-        if self._is_opaque(query, batch is not None):
-            return self._attend_opaquely(query, key, value, None, batch)
-        if self.interaction == "softmax" and sampling.wants_tokens(self.training):
-            projected = self._project(query, key, value)
-            out = attend_in_batches(sampling, self.training, *projected, batch=batch, dropout_p=self.dropout)
-            return self.out_proj(out.flatten(1))
-        rounds = sampling.draw(query.shape[0], self.training, batch=batch, device=query.device, x=query)
-        options = Options(None, self.dropout if self.training else 0.0, sampling.backend)
-        if sampling.chunk_batches is not None:
-            return self._attend_in_pieces(query, key, value, rounds, options)
-        if query is key and key is value and isinstance(rounds, Partition) and self._is_three_steps(query, options):
-            return self._attend_projected(query, rounds, options)
-        attend = pick_estimator(sampling.estimator)
-        if isinstance(rounds, Partition):
-            # Moving the C channels before the projection costs a third of moving query, key and value after it.
-            q, k, v = self._project(*_map_distinct(rounds.pack, query, key, value))
-            out = rounds.unpack(attend(q, k, v, rounds.packed(), self.interaction, options))
-        else:
-            q, k, v = self._project(query, key, value)
-            out = attend(q, k, v, rounds, self.interaction, options)
-        return self.out_proj(out.flatten(1))
+        query: Shaped[Tensor, "... n c"],
+        key: Shaped[Tensor, "... n c"],
+        value: Shaped[Tensor, "... n c"],
+        *,
+        padded: bool = False,
+        **sets: Any,
+    ) -> Shaped[Tensor, "... n c"]:
+        """With both projections; `sets` are `batch`, or `mask` of padded sets."""
+        projections = self._projections(query, key, value)
+        config = self.randbatch_config
+        interaction, _ = config.resolved()
+        if isinstance(interaction, torch.nn.Module) and self._modules.get("interaction") is not interaction:
+            raise InvalidValue(
+                f"interaction {interaction.name!r} has parameters that this layer does not hold: give it to the layer "
+                "when it is made"
+            )
+        return run(
+            config.call(
+                projections, self.training, dropout_p=self.dropout, padded=padded, mask_name="key_padding_mask", **sets
+            )
+        )  # fmt: skip
 
-    def _is_opaque(self, x: Tensor, several_sets: bool) -> bool:
-        return is_opaque(
-            self.sampling,
-            self.training,
-            several_sets=several_sets,
-            interaction=self.interaction,
-            numberless=has_no_numbers(x),
-        )
-
-    def _is_three_steps(self, x: Tensor, options: Options) -> bool:
-        """Whether projection, attention, projection on a CPU is all that is to be computed.
-
-        In half precision gradients of parameters that are added up piece by piece would be rounded at every piece.
-        """
-        last: torch.nn.Module = self.out_proj
-        return (
-            x.device.type == "cpu"
-            and x.dtype in (torch.float32, torch.float64)
-            and x.shape[0] > 0
-            and self.interaction == "softmax"
-            and self.sampling.estimator == "plain"
-            and options.dropout_p == 0
-            and options.backend != "reference"
-            and type(last) is NonDynamicallyQuantizableLinear  # neither replaced nor parametrised
-            and "forward" not in vars(last)
-            and not (last._forward_hooks or last._forward_pre_hooks or last._backward_hooks or last._backward_pre_hooks)
-            and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
-            and not is_transformed()
-        )
-
-    def _attend_projected(self, x: Float[Tensor, "n c"], part: Partition, options: Options) -> Float[Tensor, "n c"]:
-        shape = self.num_heads, self.head_dim
-        problem = Problem.of(x.unflatten(1, shape), x.unflatten(1, shape), options.scale, need_lse=True)
-        first, last = (self.in_proj_weight, self.in_proj_bias), (self.out_proj.weight, self.out_proj.bias)
-        backend = pick_backend(options.backend, problem)
-        return attend_projected(x, *first, *last, part, self.num_heads, backend, problem)
-
-    def _attend_opaquely(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Bool[Tensor, "b n"] | None, batch: Tensor | None
-    ) -> Tensor:
-        """Between compiled projections, what `torch.compile` cannot trace. Padded rows are zero, also where NaN."""
-        if mask is not None:
-            keep = mask.unsqueeze(-1)
-            query, key, value = _map_distinct(lambda x: torch.where(keep, x, 0), query, key, value)
-        q, k, v = self._project(query, key, value)
-        out = attend_opaquely(
-            self.sampling,
-            self.training,
-            q,
-            k,
-            v,
-            mask=mask,
-            batch=batch,
-            dropout_p=self.dropout,
-            interaction=self.interaction,
-        )
-        out = self.out_proj(out.flatten(-2))
-        return out if mask is None else torch.where(mask.unsqueeze(-1), out, 0)
-
-    def _attend_in_pieces(
-        self, query: Tensor, key: Tensor, value: Tensor, rounds: Rounds, options: Options
-    ) -> Float[Tensor, "n c"]:
-        """With both projections inside each piece; what is one tensor is gathered and projected as one."""
+    def _projections(self, query: Tensor, key: Tensor, value: Tensor) -> Projections:
+        """What is done with single tokens; what is one tensor is gathered and projected as one."""
         distinct = [query]
         for x in (key, value):
             if not any(x is y for y in distinct):
                 distinct.append(x)
         where = [next(i for i, x in enumerate(distinct) if x is y) for y in (query, key, value)]
-        pipeline = Pipeline(
-            distinct,
-            numbers=(len(distinct) + 5) * self.embed_dim,
-            project=lambda *rows: self._project(*(rows[i] for i in where)),
-            finish=lambda out: self.out_proj(out.flatten(1)),
-            owner=self,
-        )
-        sampling = self.sampling
-        return estimate_in_pieces(
-            pipeline, rounds, sampling.estimator, self.interaction, options, sampling.chunk_batches, self.num_heads
-        )
+        sizes = [(self.num_heads, self.head_dim)] * 3
+        elements = (len(distinct) + 5) * self.embed_dim
+
+        def project(*rows: Tensor) -> list[Tensor]:
+            return self._project(*(rows[i] for i in where))
+
+        def finish(out: Tensor) -> Tensor:
+            return self.out_proj(out.flatten(-2))
+
+        if len(distinct) == 1 and _is_plain(self.out_proj):
+            return LinearProjections(
+                distinct, sizes, project, finish, self, elements, self.in_proj_weight, self.in_proj_bias,
+                self.out_proj.weight, self.out_proj.bias,
+            )  # fmt: skip
+        return Projections(distinct, sizes, project, finish, self, elements)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """`[N, C]` each to query, key, value `[N, H, D]`; one product where all three are one tensor."""
@@ -338,7 +260,7 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
 
     def extra_repr(self) -> str:
         """What `print(module)` shows."""
-        return self.sampling.describe()
+        return self.randbatch_config.describe()
 
 
 def _map_distinct(
@@ -351,11 +273,18 @@ def _map_distinct(
     return q, k, v
 
 
+def _is_plain(last: Any) -> bool:
+    """Whether the output projection is the one that torch made: neither replaced nor parametrised nor hooked."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    plain = type(last) is NonDynamicallyQuantizableLinear and "forward" not in vars(last)
+    return plain and not any(getattr(last, name) for name in hooks)
+
+
 def _is_same(query: Tensor, key: Tensor) -> bool:
     """Whether row i of both is one token: they are one tensor, or hold the same numbers."""
     if query is key:
         return True
-    if torch.compiler.is_compiling() or is_transformed() or has_no_numbers(query) or has_no_numbers(key):
+    if torch.compiler.is_compiling() or is_transformed() or has_no_elements(query) or has_no_elements(key):
         return False  # no numbers to compare
     if query.data_ptr() == key.data_ptr() and query.stride() == key.stride() and query.dtype == key.dtype:
         return True  # two views of one memory; there may be NaN in it, where there is padding

@@ -19,7 +19,7 @@ from randbatch._autograd import is_backward, is_transformed
 from randbatch.partition import fold_seed
 
 if TYPE_CHECKING:
-    from randbatch.nn.sampling import Sampling
+    from randbatch.nn.config import RandomBatchConfig
 
 __all__ = ["Calls", "assign_seeds", "next_seed", "notice_shared_seed"]
 
@@ -80,7 +80,7 @@ def _counter(root: nn.Module) -> Calls | None:
     return next((owner for owner in owners if isinstance(owner, Calls)), None)
 
 
-def assign_seeds(root: nn.Module, samplings: Iterable[tuple[str, Sampling]], seed: int) -> Callable[[], None]:
+def assign_seeds(root: nn.Module, samplings: Iterable[tuple[str, RandomBatchConfig]], seed: int) -> Callable[[], None]:
     """Give each module of `root` a seed that follows from its path, and count its calls in every forward of `root`.
 
     Returns:
@@ -107,7 +107,7 @@ _warned = False
 _compared: set[int] = set()  # origins whose copies were called on one input: they are models that somebody compares
 
 
-def notice_shared_seed(sampling: Sampling, seed: int, x: Tensor) -> None:
+def notice_shared_seed(sampling: RandomBatchConfig, seed: int, x: Tensor) -> None:
     """Warn once, when a module and its deep copy in turn draw the same random batches in eval, for other inputs `x`."""
     global _last, _warned
     if _warned or torch.compiler.is_compiling() or is_transformed():

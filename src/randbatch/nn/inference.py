@@ -6,7 +6,7 @@ from torch import nn
 
 from randbatch._checks import check_choice, check_integer, check_positive
 from randbatch.nn.calls import assign_seeds
-from randbatch.nn.sampling import sampling_of
+from randbatch.nn.config import config_of
 
 __all__ = ["set_inference"]
 
@@ -27,8 +27,8 @@ def set_inference(
             batches, `rounds` partitions per layer.
         rounds: R >= 1, for `"rounds"` only. Default: 1.
         tolerance: relative error > 0, for `"rounds"` only and instead of `rounds`: every softmax attention takes as
-            many rounds as keep its own error below it (see `choose_rounds`), and says so in `module.sampling.chosen`.
-            Errors of layers add up on their way to the output.
+            many rounds as keep its own error below it (see `choose_rounds`), and says so in
+            `module.randbatch_config.chosen`. Errors of layers add up on their way to the output.
         seed: the partitions of eval; each module derives its own from its path, and each further call of a module in
             one forward of the model another, so that layers do not share their batches.
 
@@ -58,13 +58,13 @@ def set_inference(
             raise ValueError(f"rounds must be left out when tolerance is given, which chooses them; got {rounds}")
     rounds = check_integer("rounds", 1 if rounds is None else rounds, 1)
     check_integer("seed", seed)
-    found = [(path, own) for path, module in model.named_modules() if (own := sampling_of(module)) is not None]
+    found = [(path, own) for path, module in model.named_modules() if (own := config_of(module)) is not None]
     if not found:
         raise ValueError(f"model must hold a module with random batches, but {type(model).__name__} holds none")
-    for _, sampling in found:
-        sampling.exact_eval = mode == "exact"
+    for _, config in found:
+        config.exact_eval = mode == "exact"
         if mode == "rounds":
-            sampling.eval_rounds, sampling.tolerance, sampling.chosen = rounds, tolerance, None
+            config.eval_rounds, config.tolerance, config.chosen = rounds, tolerance, None
     if mode == "rounds":
         assign_seeds(model, found, seed)
     return len(found)

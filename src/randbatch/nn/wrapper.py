@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from randbatch._checks import check_integer
+from randbatch._errors import InvalidType
 from randbatch._shapes import Bool, Float, Int
-from randbatch.nn.calls import next_seed
-from randbatch.nn.sampling import Sampling, apply_in_batches
+from randbatch.nn.batches import apply_in_batches
+from randbatch.nn.config import RandomBatchConfig, own_config
 
 __all__ = ["RandomBatch"]
+
+_OPTIONS = ("rounds", "eval_rounds", "seed", "exact_eval", "chunk_batches")  # the others are for attention
 
 
 class RandomBatch(torch.nn.Module):
@@ -26,14 +31,11 @@ class RandomBatch(torch.nn.Module):
     Args:
         module: any module that maps `[B, N, C]` to `[B, N, C']`, treats the B sets alike and does not depend on the
             order of the N.
-        batch_size: p >= 2, tokens in a random batch.
-        rounds: R >= 1 partitions per call in training. Their outputs are averaged: a module that returns no
-            denominators leaves nothing else to merge. Default: 1.
-        eval_rounds: R in eval. Default: the same as `rounds`.
-        seed: the partitions of eval. Default: one of its own, see `RandomBatchAttention`.
-        chunk_batches: batches at a time, computed again in backward: memory is that of input, output, their gradients
-            and one piece. The module is called once for each piece (so batch norms see pieces, and update twice).
-            Default: None, all at once.
+        batch_size: p >= 2, tokens in a random batch; or a `RandomBatchConfig`.
+        **options: `rounds`, `eval_rounds`, `seed`, `exact_eval` and `chunk_batches` of `RandomBatchConfig`. The outputs
+            of several rounds are averaged: a module that returns no denominators leaves nothing else to merge.
+            `chunk_batches` is an int: the module is called once for each chunk, so batch norms see chunks, and update
+            twice. Default of `seed`: one of its own, see `RandomBatchAttention`.
 
     Raises:
         TypeError: `module` is not a module, or `batch_size` or `chunk_batches` not an int.
@@ -48,21 +50,20 @@ class RandomBatch(torch.nn.Module):
     def __init__(
         self,
         module: torch.nn.Module,
-        batch_size: int,
-        *,
-        rounds: int = 1,
-        eval_rounds: int | None = None,
-        seed: int | None = None,
-        chunk_batches: int | None = None,
+        batch_size: int | RandomBatchConfig,
+        **options: Any,
     ) -> None:
         super().__init__()
         if not isinstance(module, torch.nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+            raise InvalidType(f"module must be a torch.nn.Module, got {type(module).__name__}")
+        unused = [name for name in options if name not in _OPTIONS]
+        if unused:
+            raise InvalidType(f"RandomBatch has no option {unused[0]!r}; its options are {', '.join(_OPTIONS)}")
         self.module = module
-        seed = next_seed() if seed is None else seed
-        self.sampling = Sampling(batch_size, rounds=rounds, eval_rounds=eval_rounds, seed=seed)
-        if chunk_batches is not None:
-            self.sampling.chunk_batches = check_integer("chunk_batches", chunk_batches, 1)
+        config = own_config(batch_size, options)
+        if config.chunk_batches is not None:
+            check_integer("chunk_batches", config.chunk_batches, 1)
+        self.randbatch_config = config
 
     def forward(
         self,
@@ -85,8 +86,8 @@ class RandomBatch(torch.nn.Module):
             TypeError: `mask` is not bool or `batch` not an integer vector.
             ValueError: shapes that do not fit, or an output of the module that is not `[B, N, C']`.
         """
-        return apply_in_batches(self.sampling, self.training, self.module, x, mask, batch, owner=self)
+        return apply_in_batches(self.randbatch_config, self.training, self.module, x, mask, batch, owner=self)
 
     def extra_repr(self) -> str:
         """What `print(module)` shows."""
-        return self.sampling.describe()
+        return self.randbatch_config.describe()

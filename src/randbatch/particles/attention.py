@@ -62,6 +62,9 @@ def _diagonal(pairs: Float[Tensor, "b h n m"], rows: slice) -> Tensor:
     return pairs.diagonal(offset=rows.start, dim1=2, dim2=3)
 
 
+_DEBIAS = {"plain": 0.0, "debiased": 1.0}  # δ
+
+
 @dataclass(frozen=True, eq=False)
 class SoftmaxAttention(_Attention):
     """`F_i = Σ_h V_h Σ_j softmax_j(β ⟨Q_h x_i, K_h x_j⟩) x_j`, a token included (SA).
@@ -93,13 +96,14 @@ class SoftmaxAttention(_Attention):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("estimator", self.estimator, ("plain", "debiased"))
+        check_choice("estimator", self.estimator, _DEBIAS)
 
     def force(self, sets: Sets, rows: slice) -> Float[Tensor, "b n d"]:
         """What the tokens `rows` of every set attend to, `[B, n, D]`."""
         logits = self._logits(sets, rows)
-        if self.estimator == "debiased":
-            _diagonal(logits, rows).sub_(math.log(sets.stands_for))  # softmax takes a shift of the others as this
+        debias = _DEBIAS[self.estimator]
+        if debias:
+            _diagonal(logits, rows).sub_(debias * math.log(sets.stands_for))  # as a shift of the others
         return self._mix(logits.softmax(dim=-1), sets)
 
 

@@ -33,4 +33,4 @@ def _why_not_built(head_size: int, value_size: int) -> str | None:
     return ops.library_for(head_size, value_size).why_not()
 
 
-BACKEND = fused(why_not, ops.OPERATORS)
+BACKEND = fused("cpu", why_not, ops.OPERATORS, auto_on=("cpu",))

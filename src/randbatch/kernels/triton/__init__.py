@@ -50,4 +50,12 @@ def _why_not_on(device: torch.device) -> str | None:
     return None
 
 
-BACKEND = fused(why_not, ops.OPERATORS)
+# on a CPU it is only interpreted, which is for tests; on a GPU it is not taken until it was verified on one
+BACKEND = fused(
+    "triton",
+    why_not,
+    ops.OPERATORS,
+    auto_on=(),
+    hint="backend 'auto' does not take 'triton' on a GPU, since its kernels were tested by an interpreter only; run "
+    "benchmarks/verify_triton.py there and request it with backend='triton'",
+)

@@ -19,19 +19,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from randbatch._autograd import pull_back
+from randbatch._autograd import is_transformed, pull_back
 from randbatch._shapes import Float, Int
-from randbatch.kernels import BACKENDS, Backend, Problem
+from randbatch.execution.call import Call, LinearProjections
+from randbatch.execution.table import Strategy
+from randbatch.kernels import BACKENDS, Backend, Problem, pick_backend, resolve_backend
 from randbatch.kernels.cpu import put_rows
 from randbatch.partition import Partition
 
-__all__ = ["attend_projected", "batches_of_a_piece"]
+__all__ = ["Projected", "batches_of_a_chunk"]
 
 _BYTES = 2**20  # of queries, keys and values of a piece, for each thread; up to 16 MiB took about the same time
 _BATCHES = 4  # of a piece, for each thread, lest one waits for another
 
 
-def batches_of_a_piece(batch_size: int, channels: int, dtype: torch.dtype) -> int:
+def batches_of_a_chunk(batch_size: int, channels: int, dtype: torch.dtype) -> int:
     """How many batches are computed at a time."""
     return torch.get_num_threads() * max(_BATCHES, _BYTES // (3 * channels * dtype.itemsize * batch_size))
 
@@ -73,7 +75,7 @@ class _Attention:
         return F.linear(out.flatten(1), out_weight, out_bias)
 
 
-class _Room:
+class _Workspace:
     """Tensors of a piece by name, written over by the next piece: fresh memory takes as long as what is put there."""
 
     def __init__(self, like: Tensor) -> None:
@@ -95,6 +97,27 @@ class _Room:
         return torch.mm(x, factor, out=into) if bias is None else torch.addmm(bias, x, factor, out=into)
 
 
+def _forward(
+    x: Tensor,
+    in_weight: Tensor,
+    in_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    how: _Attention,
+    saved: list[Tensor] | None,
+) -> Tensor:
+    """The output; `saved` gets the attention and its log-sum-exp of every chunk."""
+    result, workspace = torch.empty_like(x), _Workspace(x)
+    for rows, piece in how.pieces():
+        projected = workspace.multiply("projected", workspace.take("x", x, rows), in_weight.mT, in_bias)
+        query, key, value = how.split(projected, 3)
+        out, lse = how.backend.forward(query, key, value, piece, how.problem)
+        put_rows(result, rows, workspace.multiply("result", out.flatten(1), out_weight.mT, out_bias))
+        if saved is not None:
+            saved += out, lse
+    return result
+
+
 class _Projected(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -105,15 +128,8 @@ class _Projected(torch.autograd.Function):
         out_bias: Tensor | None,
         how: _Attention,
     ) -> tuple[Tensor, ...]:
-        result, room = torch.empty_like(x), _Room(x)
-        kept: list[Tensor] = []
-        for rows, piece in how.pieces():
-            projected = room.multiply("projected", room.take("x", x, rows), in_weight.mT, in_bias)
-            query, key, value = how.split(projected, 3)
-            out, lse = how.backend.forward(query, key, value, piece, how.problem)
-            put_rows(result, rows, room.multiply("result", out.flatten(1), out_weight.mT, out_bias))
-            kept += out, lse
-        return result, *kept
+        saved: list[Tensor] = []
+        return _forward(x, in_weight, in_bias, out_weight, out_bias, how, saved), *saved
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -137,23 +153,23 @@ class _Projected(torch.autograd.Function):
             return to_x, to_in, to_in_bias, to_out, to_out_bias, None
         of_x, *of_parameters = ctx.needs_input_grad[:5]
         to_x = torch.empty_like(x) if of_x else None
-        room = _Room(x)
+        workspace = _Workspace(x)
         totals = [
             torch.zeros_like(parameter) if needed else None
             for parameter, needed in zip((in_weight, in_bias, out_weight, out_bias), of_parameters, strict=True)
         ]
         to_in, to_in_bias, to_out, to_out_bias = totals
         for (rows, piece), out, lse in zip(how.pieces(), kept[::2], kept[1::2], strict=True):
-            rows_of_x, of_result = room.take("x", x, rows), room.take("of_result", grads[0], rows)
-            projected = room.multiply("projected", rows_of_x, in_weight.mT, in_bias)
+            rows_of_x, of_result = workspace.take("x", x, rows), workspace.take("of_result", grads[0], rows)
+            projected = workspace.multiply("projected", rows_of_x, in_weight.mT, in_bias)
             query, key, value = how.split(projected, 3)
-            (of_out,) = how.split(room.multiply("of_out", of_result, out_weight))
-            of_projected = room("of_projected", *projected.shape)
+            (of_out,) = how.split(workspace.multiply("of_out", of_result, out_weight))
+            of_projected = workspace("of_projected", *projected.shape)
             to_query, to_key, to_value = how.split(of_projected, 3)
             of_heads = to_query, to_key, to_value
             how.backend.backward(of_out, query, key, value, out, lse, piece, how.problem, of_heads)
             if to_x is not None:
-                put_rows(to_x, rows, room.multiply("of_x", of_projected, in_weight))
+                put_rows(to_x, rows, workspace.multiply("of_x", of_projected, in_weight))
             _add(to_in, to_in_bias, of_projected, rows_of_x)
             _add(to_out, to_out_bias, of_result, out.flatten(1))
         return to_x, *totals, None
@@ -167,33 +183,46 @@ def _add(to_weight: Tensor | None, to_bias: Tensor | None, grad: Float[Tensor, "
         to_bias.add_(grad.sum(dim=0))
 
 
-def attend_projected(
-    x: Float[Tensor, "n c"],
-    in_weight: Float[Tensor, "c3 c"],
-    in_bias: Float[Tensor, " c3"] | None,
-    out_weight: Float[Tensor, "c c"],
-    out_bias: Float[Tensor, " c"] | None,
-    part: Partition,
-    num_heads: int,
-    backend: Backend,
-    problem: Problem,
-) -> Float[Tensor, "n c"]:
-    """`W_o · concat_h Σ_{j∈C(i)} softmax_j(scale · q_i·k_j) v_j + b_o`, without dropout.
+class Projected(Strategy):
+    """`W_o · concat_h Σ_{j∈C(i)} softmax_j(scale · q_i·k_j) v_j + b_o` on a CPU, in one function of single chunks."""
 
-    Args:
-        x: `[N, C]` in token order.
-        in_weight: `[3C, C]`, of query, key and value.
-        in_bias: `[3C]`, or None.
-        out_weight: `[C, C]`.
-        out_bias: `[C]`, or None.
-        part: the batches.
-        num_heads: H.
-        backend: computes the attention; it must take `problem`.
-        problem: what is asked of it.
+    name = "projected"
 
-    Returns:
-        `[N, C]` in token order.
-    """
-    how = _Attention(part, num_heads, backend, problem, batches_of_a_piece(part.num_slots, x.shape[1], x.dtype))
-    result: Any = _Projected.apply(x, in_weight, in_bias, out_weight, out_bias, how)
-    return result[0]
+    def why_not(self, call: Call) -> str | None:
+        """Two matrices, plain attention, one round, a CPU, fp32 or fp64.
+
+        In half precision gradients of parameters that are added up chunk by chunk would be rounded at every chunk.
+        """
+        tokens = call.first
+        if not isinstance(call.projections, LinearProjections):
+            return "the projections are not two plain matrices of one tensor"
+        if tokens.device.type != "cpu" or tokens.dtype not in (torch.float32, torch.float64):
+            return f"it takes float32 and float64 on a CPU, got {tokens.dtype} on {tokens.device.type}"
+        if torch.is_autocast_enabled("cpu"):
+            return "autocast would round every chunk"
+        if torch.compiler.is_compiling() or is_transformed():
+            return "torch.compile and torch.func look into the operations of torch only"
+        if call.rounds > 1 or not call.estimator.is_identity:
+            return "it takes one round of the estimator 'plain'"
+        if not call.interaction.has_backends:
+            return f"interaction {call.interaction.name!r} has no backend"
+        if call.options.dropout_p > 0:
+            return "weights are dropped"
+        backend = resolve_backend(call.options.backend)
+        if backend is not None and backend.stores_logits:
+            return f"backend {backend.name!r} stores its logits"
+        return "there is no token" if tokens.shape[0] == 0 else None
+
+    def run(self, call: Call) -> Tensor:
+        """Tokens stay in their order; every chunk is gathered and scattered."""
+        how, part = call.projections, call.draw().first
+        assert isinstance(how, LinearProjections)
+        x, (num_heads, head_size) = call.first, how.sizes[0]
+        problem = Problem.of_sizes(x, head_size, head_size, call.options.scale, need_lse=True)
+        chunk = batches_of_a_chunk(part.num_slots, x.shape[1], x.dtype)
+        attention = _Attention(part, num_heads, pick_backend(call.options.backend, problem), problem, chunk)
+        tensors = x, how.in_weight, how.in_bias, how.out_weight, how.out_bias
+        if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
+            return _forward(*tensors, attention, None)  # `apply` takes as long as a small call
+        result: Any = _Projected.apply(*tensors, attention)
+        return result[0]

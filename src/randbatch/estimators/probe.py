@@ -1,4 +1,7 @@
-"""What the estimators are made of, at a few tokens only: S · p operations a round, where all tokens take N · p.
+"""The estimators at a few tokens only: S · p operations a round, where all tokens take N · p.
+
+This is how their error becomes known without computing them everywhere. It is for interactions with the weights
+`exp(scale · query·key)`.
 
 Shape letters: N tokens, H heads, S tokens looked at for each head, W widest batch, D head size of query and key, E of
 value, K values of δ.
@@ -6,20 +9,32 @@ value, K values of δ.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from randbatch._numerics import wide_dtype
 from randbatch._shapes import Bool, Float, Int
+from randbatch.estimators.base import Estimator
 from randbatch.estimators.mean_field import of_set, sets_that_meet
-from randbatch.estimators.met import log_kappa, merge
+from randbatch.interactions.merge import Partial, log_kappa
 from randbatch.partition import Partition
 
-__all__ = ["AtTokens", "SetsOf", "attend_exactly", "attend_in_sets", "log_attention_of", "pad_runs", "rows_of"]
+__all__ = [
+    "AtTokens",
+    "Probe",
+    "SetsOf",
+    "attend_exactly",
+    "attend_in_sets",
+    "log_attention_of",
+    "pad_runs",
+    "rows_of",
+]
 
-_GATHERED = 2**24  # numbers of keys or values that are gathered at a time: 64 MiB in fp32
+_GATHERED = 2**24  # elements of keys or values that are gathered at a time: 64 MiB in fp32
 _LOGITS = 2**24  # held at a time
 
 
@@ -40,12 +55,12 @@ class AtTokens:
         tokens: Int[Tensor, "h s"],
         scale: float,
     ) -> None:
-        wide = torch.promote_types(query.dtype, torch.float32)
+        wide = wide_dtype(query)
         self._key, self._value, self._scale, self.tokens = key, value, scale, tokens
         self.query, self.value = rows_of(query, tokens).to(wide), rows_of(value, tokens).to(wide)
         self._own = torch.einsum("hsd,hsd->hs", self.query, rows_of(key, tokens).to(wide)) * scale
-        self._rest = torch.zeros_like(self.value)  # attention to the others that were met
-        self._lse = torch.full_like(self._own, -torch.inf)
+        # attention to the others that were met
+        self._rest = Partial(torch.zeros_like(self.value), torch.full_like(self._own, -torch.inf))
         self._field = torch.zeros_like(self.value)
         self._met = torch.zeros_like(tokens)
         self._others = torch.zeros_like(tokens)
@@ -62,7 +77,7 @@ class AtTokens:
         pieces = zip(*(x.split(chunk, dim=1) for x in (self.tokens, self.query, start, width)), strict=True)
         results = zip(*(self._attend(part, *piece) for piece in pieces), strict=True)
         more, more_lse, field = (torch.cat(result, dim=1) for result in results)
-        self._rest, self._lse = merge(self._rest, self._lse, more, more_lse)
+        self._rest = self._rest.merge(Partial(more, more_lse))
         meets = of_set(part, sets_that_meet(part)).expand(part.num_batches)[batch]
         self._field = self._field + torch.where(meets.unsqueeze(-1), field, 0.0)
         self._rounds = self._rounds + meets
@@ -105,8 +120,51 @@ class AtTokens:
         `debias` is δ, and broadcasts against `[H, S, E]`.
         """
         kappa = log_kappa(self._others, self._met).to(self._own.dtype).unsqueeze(-1)
-        own = torch.sigmoid((self._own - self._lse).unsqueeze(-1) - debias * kappa)
-        return self._rest + own * (self.value - self._rest)
+        rest, lse = self._rest
+        assert lse is not None  # softmax normalises
+        own = torch.sigmoid((self._own - lse).unsqueeze(-1) - debias * kappa)
+        return rest + own * (self.value - rest)
+
+
+class Probe:
+    """What estimators give at chosen tokens `[H, S]`, for the rounds that were added so far.
+
+    Attributes:
+        tensors: query, key and value.
+        scale: factor of the logits.
+        met: in-batch attention and mean fields of the tokens.
+        states: what an estimator keeps beside these (`Estimator.observe`).
+    """
+
+    def __init__(
+        self,
+        query: Float[Tensor, "n h d"],
+        key: Float[Tensor, "n h d"],
+        value: Float[Tensor, "n h e"],
+        tokens: Int[Tensor, "h s"],
+        scale: float,
+        estimators: Sequence[Estimator],
+    ) -> None:
+        self.tensors, self.scale = (query, key, value), scale
+        self.met = AtTokens(query, key, value, tokens, scale)
+        self.states: dict[Estimator, Any] = dict.fromkeys(estimators)
+
+    def add(self, part: Partition) -> None:
+        """One more round."""
+        for estimator in self.states:
+            estimator.observe(self, part)
+        self.met.add(part)
+
+    def outputs(self) -> dict[str, Float[Tensor, "h s e"]]:
+        """What each of the estimators gives, by name."""
+        return {estimator.name: estimator.at_tokens(self) for estimator in self.states}
+
+    def exact(self, part: Partition) -> Float[Tensor, "h s e"]:
+        """Attention to all keys of the set; any partition of the same tokens says which those are."""
+        query, key, value = self.tensors
+        sets = SetsOf(part, self.met.tokens)
+        rows = rows_of(query, self.met.tokens)
+        return attend_exactly(rows, key, value, sets, self.scale).to(self.met.query.dtype)
 
 
 def rows_of(x: Float[Tensor, "n h d"], index: Int[Tensor, "h ..."]) -> Float[Tensor, "h ... d"]:
@@ -194,7 +252,7 @@ def log_attention_of(
     query: Float[Tensor, "n h d"], key: Float[Tensor, "n h d"], tokens: Int[Tensor, "h s"], sets: SetsOf, scale: float
 ) -> Iterator[Float[Tensor, "h c n"]]:
     """Rows `log a_ij` of the attention matrix, some of the chosen tokens `i` at a time, in their order."""
-    wide = torch.promote_types(query.dtype, torch.float32)
+    wide = wide_dtype(query)
     keys, rows = key.to(wide).transpose(0, 1), rows_of(query, tokens).to(wide)  # [H, N, D], [H, S, D]
     chunk = max(1, _LOGITS // (keys.shape[0] * keys.shape[1]))
     for q, own in zip(rows.split(chunk, dim=1), sets.own.split(chunk, dim=1), strict=True):

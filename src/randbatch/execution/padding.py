@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from randbatch._numerics import has_no_numbers
+from randbatch._numerics import has_no_elements
 from randbatch._shapes import Bool, Int, Shaped
-from randbatch.tracing import UNTRACEABLE
+from randbatch.partition import UNTRACEABLE
 
 __all__ = ["PaddedSets", "kept_where_zero"]
 
@@ -34,7 +34,7 @@ class PaddedSets:
         num_sets, width = x.shape[:2]
         if keep is not None and keep.shape != (num_sets, width):
             raise ValueError(f"{name} must have shape {[num_sets, width]}, got {list(keep.shape)}")
-        if (torch.compiler.is_compiling() or has_no_numbers(x)) and (keep is not None or num_sets > 1):
+        if (torch.compiler.is_compiling() or has_no_elements(x)) and (keep is not None or num_sets > 1):
             raise NotImplementedError(UNTRACEABLE)
         if keep is None or bool(keep.all()):
             rows = None
@@ -62,6 +62,6 @@ def kept_where_zero(mask: Tensor, name: str) -> Tensor:
     if not mask.is_floating_point():
         raise TypeError(f"{name} must be bool or floating point, got {mask.dtype}")
     ignored = mask <= torch.finfo(mask.dtype).min
-    if not (torch.compiler.is_compiling() or has_no_numbers(mask)) and bool((mask[~ignored] != 0).any()):
+    if not (torch.compiler.is_compiling() or has_no_elements(mask)) and bool((mask[~ignored] != 0).any()):
         raise ValueError(f"{name} must be 0 or -inf where it is floating point; a finite bias is not taken")
     return ~ignored

@@ -1,0 +1,120 @@
+"""The strategies that see all tokens at once, and those that only bring a call into another form."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from randbatch._numerics import as_autocast
+from randbatch.execution.call import Call
+from randbatch.execution.padding import PaddedSets
+from randbatch.execution.table import Strategy, run
+from randbatch.interactions.rounds import Projections
+from randbatch.partition import draw_seed
+from randbatch.tolerance import choose_rounds
+
+__all__ = ["Exact", "Flattened", "Observed", "Whole"]
+
+
+class Flattened(Strategy):
+    """Padded sets become flat tokens with a set each, and rows again; a row without a token comes back as zeros."""
+
+    name = "flattened"
+    computes = False
+
+    def why_not(self, call: Call) -> str | None:
+        """It is for padded sets."""
+        return None if call.padded else "the tokens are flat already"
+
+    def run(self, call: Call) -> Tensor:
+        """Flatten, compute, restore."""
+        sets = PaddedSets.of(call.first, call.mask, call.mask_name)
+        flat = replace(call.projections, tensors=[sets.flatten(x) for x in call.projections.tensors])
+        return sets.restore(run(call.but(projections=flat, batch=sets.batch, padded=False, mask=None)))
+
+
+class Observed(Strategy):
+    """All tokens are projected first: somebody looks at them, or rounds are chosen by what they are."""
+
+    name = "observed"
+    computes = False
+
+    def why_not(self, call: Call) -> str | None:
+        """It is for calls with an observer or a tolerance."""
+        return "there is no observer and no tolerance" if call.observer is None and call.tolerance is None else None
+
+    def run(self, call: Call) -> Tensor:
+        """Project, look, and compute the rest."""
+        projections = call.projections
+        query, key, value = as_autocast(*projections.project(*projections.tensors))
+        scale, batch = call.options.scale, call.batch
+        if call.observer is not None:
+            call.observer(query, key, value, batch, scale)
+        changes: dict[str, Any] = {"rounds": call.rounds, "exact": call.exact, "seed": call.seed}
+        if call.tolerance is not None and not call.exact:
+            seed = draw_seed() if call.seed is None else call.seed
+            choice = choose_rounds(
+                query, key, value, call.batch_size, call.tolerance, batch=batch, estimator=call.estimator, scale=scale,
+                seed=seed,
+            )  # fmt: skip
+            changes = {"rounds": choice.rounds, "exact": choice.exact, "seed": seed}
+            if call.on_choice is not None:
+                call.on_choice(choice)
+        inner = Projections((query, key, value), projections.sizes, elements=projections.elements)
+        return projections.finish(run(call.but(projections=inner, observer=None, tolerance=None, **changes)))
+
+
+class Exact(Strategy):
+    """One batch holds each whole set: no sampling at all, O(N²) time."""
+
+    name = "exact"
+
+    def why_not(self, call: Call) -> str | None:
+        """It is for calls that ask for it."""
+        return None if call.exact else "random batches are asked for"
+
+    def run(self, call: Call) -> Tensor:
+        """The full interaction."""
+        projections = call.projections
+        whole = call.draw().first
+        projected = projections.project(*projections.tensors)
+        interaction = call.interaction
+        if whole.num_tokens == 0:
+            return projections.finish(interaction.of_nothing(projected))
+        return projections.finish(interaction.in_full(whole, projected, call.options))
+
+
+class Whole(Strategy):
+    """All batches at once; backward keeps what it needs."""
+
+    name = "whole"
+
+    def why_not(self, call: Call) -> str | None:
+        """It takes every call."""
+        return None
+
+    def run(self, call: Call) -> Tensor:
+        """Without a projection tokens stay where they stand, and a backend gathers them itself."""
+        projections, interaction, estimator, options = call.projections, call.interaction, call.estimator, call.options
+        if torch.compiler.is_compiling() and call.rounds > 1 and call.seed is None and not call.exact:
+            raise NotImplementedError(
+                "torch.compile cannot trace several rounds of a wrapped module in training: set rounds to 1, or "
+                "compile without fullgraph=True"
+            )
+        rounds = call.draw()
+        part = rounds.only
+        if rounds.num_tokens == 0:
+            out = interaction.of_nothing(projections.project(*projections.tensors))
+        elif part is None:
+            projected = projections.project(*projections.tensors)
+            out = estimator.over_rounds(interaction, Projections(projected, projections.sizes), rounds, options)
+        elif projections.is_projected:
+            out = estimator.in_batches(interaction, projections.tensors, part, options)
+        else:
+            # moving C channels before the projection costs a third of moving queries, keys and values later
+            projected = projections.project(*(part.pack(x) for x in projections.tensors))
+            out = part.unpack(estimator.in_batches(interaction, projected, part.packed(), options))
+        return projections.finish(out)
