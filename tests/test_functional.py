@@ -207,6 +207,28 @@ def test_scale_and_dropout() -> None:
         assert draws.std() > 0.05
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_as_many_weights_are_dropped_as_are_asked_for(backend: str) -> None:
+    """Of n equal weights, seen one by one, np are dropped to 6 standard errors of a binomial; the rest are scaled."""
+    dropout_p = 0.4
+    problem = Problem(torch.device("cpu"), torch.float32, 16, 16, 0.25, dropout_p)
+    reason = BACKENDS[backend].why_not(problem)
+    if reason is not None:
+        pytest.skip(reason)
+    batches = 24 if backend == "triton" else 1024  # an interpreter runs it
+    part = rb.Partition(torch.arange(16 * batches), ((batches, 16),))
+    same = torch.zeros(16 * batches, 4, 16)
+    units = torch.eye(16).repeat(batches, 1).unsqueeze(1).expand(-1, 4, -1).contiguous()
+    torch.manual_seed(3)
+    weights = rb.random_batch_attention(same, same, units, partition=part, dropout_p=dropout_p, backend=backend)
+    kept = weights != 0
+    number = weights.numel()
+    deviation = math.sqrt(dropout_p * (1 - dropout_p) * number)
+    assert 6 * deviation < 0.05 * dropout_p * number  # a probability that is ten per cent off is seen
+    assert abs(int((~kept).sum()) - dropout_p * number) < 6 * deviation
+    torch.testing.assert_close(weights[kept], torch.full((int(kept.sum()),), 1 / 16 / (1 - dropout_p)))
+
+
 # Randomness
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import randbatch as rb
+from randbatch._seeds import hash_positions, random_keys
 from randbatch.orthogonal import draw_rounds
 from randbatch.partition import Partition, fold_seed
 
@@ -138,6 +139,48 @@ print(hash(tuple(rb.random_partition(100_000, 64, seed=9).order.tolist())))
         for n in "125"
     }
     assert len(runs) == 1
+
+
+_WORD = 2**64
+_STRIDE = 0x9E3779B97F4A7C15
+
+
+def splitmix(state: int) -> int:
+    """The next number of splitmix64 (Steele, Lea, Flood 2014), from its state: as it is printed there, in C."""
+    z = (state + _STRIDE) % _WORD
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % _WORD
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % _WORD
+    return z ^ (z >> 31)
+
+
+SEEDS = [0, 1, -1, 2**63 - 1, 2**63, -(2**63), 2**64 + 5, 3**50]
+
+
+def test_keys_are_the_numbers_of_splitmix64() -> None:
+    """The first of them for seed 1234567 are known (Rosetta Code, "Pseudo-random numbers/Splitmix64")."""
+    known = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    assert [splitmix(1234567 + i * _STRIDE) for i in range(4)] == known
+    cpu = torch.device("cpu")
+    for seed in SEEDS:
+        start = splitmix(seed % _WORD - _STRIDE)  # the hash of the seed is where the numbers of tokens begin
+        numbers = [splitmix(start + (i - 1) * _STRIDE) % 2**63 for i in range(50)]
+        assert random_keys(50, seed, cpu).tolist() == numbers
+        places, salts = [7, 0, 49, 7], [0, 1, 2**62, 3]
+        assert hash_positions(torch.tensor(places), seed).tolist() == [numbers[i] for i in places]
+        salted = [splitmix(start + (i - 1) * _STRIDE + salt) % 2**63 for i, salt in zip(places, salts, strict=True)]
+        assert hash_positions(torch.tensor(places), seed, torch.tensor(salts)).tolist() == salted
+        assert [fold_seed(seed, i) for i in (0, 1, 9)] == [splitmix(start + i * _STRIDE) // 2 for i in (0, 1, 9)]
+
+
+def test_keys_are_63_bits_wide() -> None:
+    """Tokens of equal keys stay in their order, so none are: 2^20 keys of b bits have 2^(39 − b) equal pairs."""
+    number = 2**20
+    for keys in (random_keys(number, 1, torch.device("cpu")), hash_positions(torch.arange(number), 1)):
+        assert int(keys.min()) >= 0
+        assert keys.unique().numel() == number  # at 63 bits two are equal with probability 6e-8
+        for bit in range(63):
+            ones = int(((keys >> bit) & 1).sum())
+            assert abs(ones - number / 2) < 6 * number**0.5 / 2
 
 
 def test_seeds_and_folds_differ() -> None:
