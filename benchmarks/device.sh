@@ -7,4 +7,4 @@ export PYTHONPATH="src:benchmarks${PYTHONPATH:+:$PYTHONPATH}"
 
 python benchmarks/verify_triton.py
 python benchmarks/kernel_floors.py "$@"
-python -m randbatch.cli bench --device cuda --tokens 131072 262144 524288 1048576 --out "runs/bench-device-$(date +%Y%m%d-%H%M%S)"
+python -m randbatch bench --device cuda --tokens 131072 262144 524288 1048576 --out "runs/bench-device-$(date +%Y%m%d-%H%M%S)"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch_geometric.nn.attention import PerformerAttention
 
 from randbatch import full_attention, random_partition
-from randbatch.experiments.peers import naive
+from randbatch.cli.studies.peers import naive
 from randbatch.nn import RandomBatchAttention
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from randbatch.analysis.plan import _Case, _peak_of, parse_memory, peak_allocated, plan
 from randbatch.cli import main
-from randbatch.experiments.peers import PEERS, Peer
+from randbatch.cli.studies.peers import PEERS, Peer
 from randbatch.nn import RandomBatchAttention
 
 

@@ -1,4 +1,4 @@
-"""Measured rates: fits with a known answer, closed forms, the commands, and going on after an interruption."""
+"""Measured rates: fits with a known answer, closed forms, the commands, and what an interruption leaves."""
 
 import csv
 import json
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from randbatch import particles
 from randbatch.cli import main
-from randbatch.experiments import convergence as command
-from randbatch.experiments.cases import CASES, start_of
-from randbatch.experiments.frames import draw_strip, film
-from randbatch.experiments.softmax import AttentionInBatches, softmax_jobs
+from randbatch.cli.studies import rates
+from randbatch.cli.studies.cases import CASES, start_of
+from randbatch.cli.studies.frames import draw_strip, film
+from randbatch.cli.studies.softmax import AttentionInBatches, softmax_jobs
 from randbatch.particles import (
     SPHERE,
     BrownianPath,
@@ -209,7 +209,7 @@ def test_the_command_writes_points_table_and_picture(tmp_path: Path, capsys: pyt
     assert (tmp_path / "convergence.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_interrupted_command_goes_on(
+def test_an_interrupted_command_resumes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -222,15 +222,15 @@ def test_an_interrupted_command_goes_on(
             raise KeyboardInterrupt
         return measure(job, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(command, "measure", measure_once)
+    monkeypatch.setattr(rates, "measure", measure_once)
     assert main(["convergence", *SMALL, "--out", str(broken)]) == 130
-    assert f"go on with: the same command and --out {broken}" in capsys.readouterr().err
+    assert f"resume with: the same command and --out {broken}" in capsys.readouterr().err
     assert len(json.loads((broken / "errors.json").read_text())["errors"]) == 1
     assert main(["convergence", *SMALL, "--out", str(broken)]) == 0
     assert [job.batch_size for job in jobs] == [2, 4, 4]
     assert (broken / "convergence.csv").read_text() == (whole / "convergence.csv").read_text()
     assert main(["convergence", *SMALL, "--seed", "1", "--out", str(broken)]) == 2
-    assert "was made with seed = 0, it cannot go on with 1" in capsys.readouterr().err
+    assert f"seed: {broken} was made with 0, got 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from randbatch._files import read_record, write_bytes
 from randbatch.cli import main
 from randbatch.estimators import ESTIMATORS
 from randbatch.models import ATTENTIONS, CONVOLUTIONS
-from randbatch.train import PRESETS, RunConfig, SweepConfig, preset, train_run, train_sweep
+from randbatch.train import PRESETS, RunConfig, SweepConfig, load_sweep, preset, train_run, train_sweep
 from randbatch.train import loop as loop_module
 from randbatch.train.checkpoint import load_weights, read_checkpoint, read_tensors, save_checkpoint, save_tensors
 from randbatch.train.config import Attention, Settings
@@ -28,7 +28,6 @@ from randbatch.train.data import GroupsOptions, make_groups
 from randbatch.train.folder import read_log
 from randbatch.train.machine import pick_device
 from randbatch.train.metrics import loss, score
-from randbatch.train.sweep import load_sweep
 
 SMALL = {"hidden": 16, "heads": 2, "layers": 2, "batch_size": 16, "epochs": 6, "dropout": 0.1, "graphs_per_step": 2}
 FIELDS = [
@@ -134,7 +133,7 @@ def test_resuming_is_bit_for_bit(tmp_path: Path, stop: int, monkeypatch: pytest.
         assert torch.equal(tensor, weights(tmp_path / "parts")[name])
 
 
-def test_a_longer_run_goes_on(tmp_path: Path) -> None:
+def test_a_longer_run_resumes(tmp_path: Path) -> None:
     config, data = RunConfig(**SMALL), make_groups(0, small_groups())
     train_run(config, data, tmp_path / "whole")
     train_run(replace(config, epochs=2), data, tmp_path / "parts")
@@ -150,7 +149,7 @@ def test_the_learning_rate_decays(tmp_path: Path) -> None:
     data = make_groups(0, small_groups())
     decaying = RunConfig(**SMALL | {"epochs": 2}, lr_decay=1.0)
     train_run(decaying, data, tmp_path)
-    with pytest.raises(ValueError, match="holds a run with epochs=2, not 3"):  # its rates were those of two epochs
+    with pytest.raises(ValueError, match=r"epochs: .* was made with 2, got 3"):  # its rates were those of two epochs
         train_run(replace(decaying, epochs=3), data, tmp_path)
 
 
@@ -162,9 +161,9 @@ def test_other_checkpoints_are_refused(tmp_path: Path) -> None:
     config, data = RunConfig(**SMALL | {"epochs": 2}), make_groups(0, small_groups())
     train_run(config, data, tmp_path)
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match=r"holds a run with hidden=16, not 32"):
+    with pytest.raises(ValueError, match=r"hidden: .* was made with 16, got 32"):
         train_run(replace(config, hidden=32), data, tmp_path)
-    with pytest.raises(ValueError, match=r"holds a run with lr=0.001, not 0.1"):
+    with pytest.raises(ValueError, match=r"lr: .* was made with 0.001, got 0.1"):
         train_run(replace(config, lr=0.1), data, tmp_path)
     with pytest.raises(ValueError, match=r"has run 2 epochs already, it cannot stop at 1"):  # whose score is not known
         train_run(replace(config, epochs=1), data, tmp_path)
@@ -266,7 +265,7 @@ def test_a_sweep_makes_a_table_and_pictures(tmp_path: Path) -> None:
     for picture in (tmp_path / "out").rglob("curves.png"):
         assert picture.read_bytes().startswith(b"\x89PNG")
     assert len(list((tmp_path / "out").rglob("curves.png"))) == 5
-    with pytest.raises(ValueError, match="already holds a run; go on with --resume"):
+    with pytest.raises(ValueError, match="already holds a run; resume it with --resume"):
         train_sweep(config)
     again = train_sweep(load_sweep(tmp_path / "out"), say=said.append)  # nothing left to do
     assert again == results
@@ -323,7 +322,7 @@ def test_a_resumed_run_keeps_its_settings(tmp_path: Path, capsys: pytest.Capture
     train_sweep(SweepConfig(out=tmp_path / "out", **SMALL | {"epochs": 1}), say=lambda _: None)
     for arguments, message in (
         (["--lr", "0.5"], "lr: "),
-        (["--dataset", "cora"], "was started with groups, it cannot go on with cora"),
+        (["--dataset", "cora"], "was made with 'groups', got 'cora'"),
         (["--attention", "off"], "attention: "),
     ):
         assert main(["train", "--resume", str(tmp_path / "out"), *arguments]) == 2
@@ -352,7 +351,7 @@ def test_ctrl_c_leaves_a_folder_that_resumes(tmp_path: Path) -> None:
     for position, role in enumerate(("train", "val", "test")):
         arrays[f"{role}_masks"] = np.arange(3000) % 3 == position
     np.savez(tmp_path / "g.npz", **arrays)
-    command = [sys.executable, "-m", "randbatch.cli", "train", "--dataset", str(tmp_path / "g.npz"), "--epochs", "60"]
+    command = [sys.executable, "-m", "randbatch", "train", "--dataset", str(tmp_path / "g.npz"), "--epochs", "60"]
     command += ["--hidden", "16", "--layers", "1", "--out"]
     subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
     process = subprocess.Popen(
@@ -369,9 +368,9 @@ def test_ctrl_c_leaves_a_folder_that_resumes(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert f"go on with: randbatch train --resume {tmp_path / 'parts'}" in error
+    assert f"resume with: randbatch train --resume {tmp_path / 'parts'}" in error
     assert "Traceback" not in error
-    resume = [sys.executable, "-m", "randbatch.cli", "train", "--resume", str(tmp_path / "parts")]
+    resume = [sys.executable, "-m", "randbatch", "train", "--resume", str(tmp_path / "parts")]
     subprocess.run(resume, check=True, capture_output=True)
     assert numbers(tmp_path / "whole") == numbers(tmp_path / "parts")
 

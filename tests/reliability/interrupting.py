@@ -101,7 +101,7 @@ class Training:
         self.said = folder.with_suffix(".txt")
 
     def start(self, before: Callable[[], None] = lambda: None) -> int:
-        """Begin, or go on as a user would."""
+        """Start, or resume as a user would."""
         begun = (self.folder / "sweep.json").exists()
         argv = ["train", "--resume", str(self.folder)] if begun else [*self.argv, "--out", str(self.folder)]
         return start(argv, self.said, before)
@@ -236,7 +236,7 @@ def moments(cases: Cases, count: int, seed: int) -> None:
                 cases.counts["in the middle"] += code != 0 and (training.folder / "sweep.json").exists()
                 said = training.said.read_text()
                 if code == 130 and (training.folder / "sweep.json").exists():  # `picture:` if it was just through
-                    assert "go on with: randbatch train --resume" in said or "picture:" in said, said
+                    assert "resume with: randbatch train --resume" in said or "picture:" in said, said
                 if training.folder.exists():
                     training.check_whole()
 

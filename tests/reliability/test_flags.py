@@ -5,7 +5,6 @@ are good for which flag. The commands do nothing but to check here, so that hund
 """
 
 import dataclasses
-import importlib
 import itertools
 import types
 import typing
@@ -17,7 +16,7 @@ import pytest
 import torch
 
 from randbatch.analysis import attention_error
-from randbatch.cli import COMMANDS, main
+from randbatch.cli import COMMANDS, analyze, main
 from randbatch.train.machine import pick_device
 
 BEYOND, LONG = str(2**64), "9" * 5000
@@ -127,13 +126,9 @@ class Case:
     is_taken: bool = False
 
 
-def settings_of(command: str) -> type[Any]:
-    return getattr(importlib.import_module(COMMANDS[command].module), COMMANDS[command].config)
-
-
 def fields_of(command: str) -> dict[str, Any]:
     """Field → its type, without None."""
-    config = settings_of(command)
+    config = COMMANDS[command].settings
     hints = typing.get_type_hints(config)
     found: dict[str, Any] = {}
     for field in dataclasses.fields(config):
@@ -142,6 +137,11 @@ def fields_of(command: str) -> dict[str, Any]:
             kind = next(one for one in typing.get_args(kind) if one is not types.NoneType)
         found[field.name] = kind
     return found
+
+
+def is_required(command: str, name: str) -> bool:
+    fields = dataclasses.fields(COMMANDS[command].settings)
+    return next(field.default is dataclasses.MISSING for field in fields if field.name == name)
 
 
 def values_of(kind: Any) -> tuple[str, ...]:
@@ -160,14 +160,14 @@ def twice_of(command: str, name: str, kind: Any) -> list[str]:
     first = typing.get_args(kind)[0]
     if typing.get_origin(first) is Literal:
         return [typing.get_args(first)[0]] * 2
-    default = next(field.default for field in dataclasses.fields(settings_of(command)) if field.name == name)
+    default = next(field.default for field in dataclasses.fields(COMMANDS[command].settings) if field.name == name)
     some = {"dt": "0.25", "method": "rbm1", "case": "layer", "batch_size": "2"}
     return [str(default[0]) if isinstance(default, tuple) else some[name]] * 2
 
 
 def cases_of(command: str) -> Iterator[Case]:
     for name, kind in fields_of(command).items():
-        is_position = (command, name) == ("analyze", "run")
+        is_position = COMMANDS[command].positional and is_required(command, name)
         flag = [] if is_position else [f"--{name.replace('_', '-')}"]
         needed = [] if is_position else REQUIRED.get(command, [])
         for value in values_of(kind):
@@ -190,9 +190,9 @@ CASES = {command: list(cases_of(command)) for command in COMMANDS}
 @pytest.fixture
 def checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Commands that check and do nothing more, in an empty folder. `analyze` measures three tensors for a model."""
-    for command in COMMANDS.values():
-        if command.run != "analyze_run":
-            monkeypatch.setattr(importlib.import_module(command.module), command.run, lambda config: None)
+    for name, command in COMMANDS.items():
+        if name != "analyze":
+            monkeypatch.setitem(COMMANDS, name, dataclasses.replace(command, run=lambda config: None))
     qkv = torch.randn(3, 8, 1, 4).unbind()
 
     def measure(model: object, *inputs: object, **settings: Any) -> Any:
@@ -207,9 +207,8 @@ def checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         step = types.SimpleNamespace(graph=graph, edges=(), batch=None)
         return types.SimpleNamespace(model=None, judged=[step])
 
-    module = importlib.import_module("randbatch.train.analyze")
-    monkeypatch.setattr(module, "attention_error", measure)
-    monkeypatch.setattr(module, "load_run", load)
+    monkeypatch.setattr(analyze, "attention_error", measure)
+    monkeypatch.setattr(analyze, "load_run", load)
     (tmp_path / "run").mkdir()
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -279,7 +278,7 @@ def test_settings_of_the_library_are_checked_too() -> None:
     """Not by the command line alone: who makes the settings in Python is told the same."""
     makers: list[tuple[Callable[[], object], str]] = []
     for command in ("train", "convergence", "simulate", "bench"):
-        config = settings_of(command)
+        config = COMMANDS[command].settings
         name = "num_particles" if command in ("convergence", "simulate") else "batch_size"
         makers.append((lambda config=config, name=name: config(**{name: 1}), f"{name} must be at least 2, got 1"))
     for make, message in makers:

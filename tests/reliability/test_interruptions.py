@@ -1,4 +1,4 @@
-"""Trainings that end at any moment go on to the numbers of one that never ended. `interrupting.py` says how."""
+"""Trainings that end at any moment resume to the numbers of one that never ended. `interrupting.py` says how."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def test_killed_before_every_step() -> None:
 
 
 def test_full_disk_at_every_step() -> None:
-    """One line that says so, exit code 2, no temporary file; with space again the training goes on."""
+    """One line that says so, exit code 2, no temporary file; with space again the training resumes."""
     cases = count("full")
     assert cases["failed"] == 0
     assert cases["full disk"] >= 15

@@ -15,7 +15,7 @@ from randbatch._checks import check_choice, check_integer, check_positive
 from randbatch._shapes import Float
 from randbatch.particles.noise import BrownianPath
 from randbatch.particles.rates import FEWEST, Convergence, Errors
-from randbatch.particles.solver import METHODS, solve
+from randbatch.particles.solver import RANDOM_METHODS, solve
 from randbatch.particles.system import System
 from randbatch.partition import fold_seed
 
@@ -115,7 +115,7 @@ def jobs_of(
         )
 
     for method in methods:
-        check_choice("methods", method, [name for name in METHODS if name != "direct"])
+        check_choice("methods", method, RANDOM_METHODS)
     pairs = [(method, check_integer("batch_sizes", size, 2)) for method in methods for size in batch_sizes]
     return [job(method, size, number) for number, (method, size) in enumerate(pairs)]
 

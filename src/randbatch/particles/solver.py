@@ -21,7 +21,7 @@ from randbatch.particles.noise import BrownianPath
 from randbatch.particles.system import System
 from randbatch.partition import fold_seed, random_partition, random_subsets
 
-__all__ = ["METHODS", "Trajectory", "solve"]
+__all__ = ["METHODS", "RANDOM_METHODS", "Trajectory", "solve"]
 
 _NOISE = 2**40  # no step has this number: the noise knows nothing of the partitions
 _BAR_AFTER = 2.0  # seconds
@@ -129,8 +129,11 @@ def _independent(sets: Int[Tensor, "draws p"], num_rows: int) -> Iterator[Int[Te
         left = left[~ready]
 
 
-METHODS: dict[str, Callable[[_Run, Tensor, int], Tensor]] = {"direct": _direct, "rbm1": _rbm1, "rbmr": _rbmr}
-"""Each goes one step; a run, the states `[R, N, S]` and the number of the step → the next states."""
+RANDOM_METHODS: dict[str, Callable[[_Run, Tensor, int], Tensor]] = {"rbm1": _rbm1, "rbmr": _rbmr}
+"""The methods of random batches. Each makes one step: a run, states `[R, N, S]`, number of the step → next states."""
+
+METHODS = {"direct": _direct} | RANDOM_METHODS
+"""All methods."""
 
 
 @torch.no_grad()
@@ -221,9 +224,9 @@ def _saved_steps(save_at: Sequence[float], dt: float, steps: int) -> list[int]:
 
 
 def _check_batch_size(method: str, batch_size: int | None, num_particles: int) -> int:
-    if method == "direct":
+    if method not in RANDOM_METHODS:
         if batch_size is not None:
-            raise ValueError(f"batch_size must be None with method 'direct', which has no batches; got {batch_size}")
+            raise ValueError(f"batch_size must be None with method {method!r}, which has no batches; got {batch_size}")
         return num_particles
     if batch_size is None:
         raise TypeError(f"batch_size must be given with method {method!r}")

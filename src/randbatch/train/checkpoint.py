@@ -192,7 +192,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         elif part == "optimizer" and number.isdecimal():
             found.optimizer.setdefault(int(number), {})[kind] = tensor
         else:
-            raise InvalidValue(f"{path} is no checkpoint to go on from: it holds {name}")
+            raise InvalidValue(f"{path} is no checkpoint to resume from: it holds {name}")
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -145,7 +145,7 @@ class SweepConfig(Settings):
     out: Path | None = None
     """Folder of the results. Default: runs/DATASET-TIME."""
     resume: Path | None = None
-    """Go on in this folder, with its own settings; only --epochs may be given too, if the learning rate is constant."""
+    """Resume in this folder, with its own settings; if the learning rate is constant, --epochs may be given too."""
 
     def __post_init__(self) -> None:
         """Check that there is something to run, and that no run would take the folder of another."""
@@ -169,17 +169,9 @@ def to_json(config: Settings) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
 
 
-def sweep_from_json(values: Mapping[str, Any]) -> SweepConfig:
-    """The inverse of `to_json`; an `InvalidValue` names a setting that is unknown."""
-    known = {field.name for field in fields(SweepConfig)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise InvalidValue(f"unknown settings: {', '.join(unknown)}")
-    paths, several = ("root", "out", "resume"), ("attention", "split", "seed")
-    typed = dict(values)
-    typed |= {name: Path(values[name]) for name in paths if values.get(name) is not None}
-    typed |= {name: tuple(values[name]) for name in several if name in values}
-    return SweepConfig(**typed)
+def free_settings(config: Settings) -> set[str]:
+    """The settings that a resumed run may change: where it runs, and its length if its learning rate is constant."""
+    return {"root", "device"} if config.lr_decay else {"root", "device", "epochs"}
 
 
 PRESETS: dict[str, dict[str, Any]] = {

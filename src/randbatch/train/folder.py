@@ -1,13 +1,13 @@
-"""What a run has left in its folder: read as a whole and checked, before anything is written.
+"""What a run has left in its folder: all of it is read and checked before anything is written.
 
 | file | holds |
 |---|---|
 | `checkpoint.safetensors` | all that the next epoch depends on, and checksums of the log and of the data |
-| `log.jsonl` | a line for each epoch; lines after the checkpoint's epoch are of an epoch that was interrupted |
+| `log.jsonl` | a line for each epoch; lines after the checkpoint's epoch belong to an interrupted epoch |
 | `best.safetensors` | the weights of the best epoch, or of the one after the checkpoint's |
-| `result.json` | what the others say of a finished run, and what it was made with |
+| `result.json` | the scores of a finished run, and what it was made with |
 
-None of them is believed alone: they must tell the same story.
+No file is trusted alone: they must agree with each other.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from torch import nn
 
 from randbatch._errors import InvalidValue
 from randbatch._files import parse_json, read_record, read_text
-from randbatch._folders import check_names, check_new
+from randbatch._folders import check_names, check_new, check_settings, first_difference
 from randbatch.train.checkpoint import Checkpoint, check_weights, read_checkpoint, read_tensors
-from randbatch.train.config import RunConfig, to_json
+from randbatch.train.config import RunConfig, free_settings, to_json
 from randbatch.train.data import Dataset
 
 __all__ = ["CHECKPOINT", "CURVES", "LOG", "RESULT", "WEIGHTS", "Kept", "check_same", "fresh_state", "make_result",
@@ -39,7 +39,7 @@ _MADE_WITH = ("versions", "commit")
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """A run that was begun.
+    """A run that was started.
 
     Attributes:
         checkpoint: of its last whole epoch.
@@ -65,15 +65,14 @@ def fresh_state() -> dict[str, Any]:
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
-    """The settings that a run keeps when it goes on: all but where it runs, and how long if its rate is constant."""
-    free = {"root", "device"} if config.lr_decay else {"root", "device", "epochs"}
-    return {name: value for name, value in to_json(config).items() if name not in free}
+    """The settings that a run keeps when it resumes, all but the `free_settings`."""
+    return {name: value for name, value in to_json(config).items() if name not in free_settings(config)}
 
 
 def read_run(
     folder: Path, config: RunConfig, dataset: Dataset, make: Callable[[], nn.Module], *, beside: Sequence[str] = ()
 ) -> Kept | None:
-    """Read and check what a run has left; None if it has not begun.
+    """Read and check what a run has left; None if it has not started.
 
     Args:
         folder: of the run.
@@ -81,7 +80,7 @@ def read_run(
         dataset: what it must have been trained on.
         make: gives a model of that configuration, on any device, the meta device too; called once it is known that the
             folder holds such a run.
-        beside: files that may lie in the folder of a run that has not begun.
+        beside: files that may lie in the folder of a run that has not started.
 
     Raises:
         InvalidValue: a file is damaged, not there, of another run, of other settings or of other data.
@@ -161,13 +160,10 @@ def check_same(source: Path, about: Mapping[str, Any], config: RunConfig, datase
     Raises:
         InvalidValue: it was not; the message names the setting.
     """
-    ours, theirs = settings_of(config), about.get("settings")
-    if not isinstance(theirs, dict):
+    stored = about.get("settings")
+    if not isinstance(stored, dict):
         raise InvalidValue(f"{source} does not say what it was made with")
-    for name in sorted(ours.keys() | theirs.keys()):
-        here, there = ours.get(name), theirs.get(name)
-        if here != there:
-            raise InvalidValue(f"{source} holds a run with {name}={_short(there)}, not {here!r}; choose another folder")
+    check_settings(source, stored, settings_of(config))
     if about.get("data") != dataset.fingerprint:
         raise InvalidValue(f"{source} is of other data: those of {config.dataset!r} are not what it was trained on")
 
@@ -229,11 +225,10 @@ def _read_result(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any] | 
         return None
     if not isinstance(result.get("config"), dict):
         raise InvalidValue(f"{folder / RESULT} holds no settings")
-    theirs, ours = _comparable(result), _comparable(expected)
-    for name in sorted(ours.keys() | theirs.keys()):
-        here, there = ours.get(name), theirs.get(name)
-        if here != there:
-            raise InvalidValue(f"{folder / RESULT} says {name} = {_short(there)}, checkpoint and log say {here!r}")
+    found = first_difference(_comparable(result), _comparable(expected))
+    if found is not None:
+        name, there, here = found
+        raise InvalidValue(f"{folder / RESULT} says {name} = {there}, checkpoint and log say {here}")
     if set(result) != {*expected, *_MADE_WITH}:
         raise InvalidValue(f"{folder / RESULT} is not the result of a run")
     return result
@@ -244,12 +239,6 @@ def _comparable(result: Mapping[str, Any]) -> dict[str, Any]:
     free = ("config.root", "config.device", "config.epochs", "config", *_MADE_WITH)
     flat = {**result, **{f"config.{name}": value for name, value in result["config"].items()}}
     return {name: value for name, value in flat.items() if name not in free}
-
-
-def _short(value: object) -> str:
-    """What a file says, however much that is."""
-    text = repr(value)
-    return text if len(text) < 100 else f"{text[:100]}…"
 
 
 def _is_number(value: object) -> bool:

@@ -41,7 +41,7 @@ _LARGEST_RATE = torch.finfo(torch.float32).max / 10  # the first step of AdamW i
 
 
 class Diverged(UserError, ArithmeticError):
-    """Loss, weights or predictions are not finite any more: there is nothing to score."""
+    """Loss, weights or predictions are no longer finite: there is nothing to score."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,14 +179,14 @@ class Trainer:
 def train_run(config: RunConfig, dataset: Dataset, folder: Path, *, label: str = "train") -> dict[str, Any]:
     """Train one model, leaving log, weights, checkpoint and `result.json` in `folder`; return the result.
 
-    If the folder holds a checkpoint of the same settings and the same data, the run goes on from it, to the numbers of
+    If the folder holds a checkpoint of the same settings and the same data, the run resumes from it, to the results of
     a run that was never interrupted. More epochs are allowed if the learning rate does not decay. Interrupt it at any
     time: the last finished epoch is on the disk.
 
     Raises:
         InvalidValue: the folder is not new, or a file of the run is damaged, of another model, of other settings, of
             other data; or another process is writing there. The folder stays as it was.
-        Diverged: the loss is not finite any more; the epochs before are on the disk.
+        Diverged: the loss is no longer finite; the epochs before are on the disk.
     """
     trainer = Trainer(config, dataset)
     make_folder(folder)
@@ -195,7 +195,7 @@ def train_run(config: RunConfig, dataset: Dataset, folder: Path, *, label: str =
 
 
 def train_here(trainer: Trainer, folder: Path, *, label: str, beside: Sequence[str] = ()) -> dict[str, Any]:
-    """`train_run` by somebody who holds the lock of the folder, in which the files `beside` are theirs."""
+    """`train_run` by a caller who holds the lock of the folder; the files `beside` in it are the caller's."""
     config, dataset = trainer.config, trainer.dataset
     kept = read_run(folder, config, dataset, lambda: trainer.model, beside=beside)
     remove_stale(folder)
@@ -229,13 +229,13 @@ def train_here(trainer: Trainer, folder: Path, *, label: str, beside: Sequence[s
 
 
 class _Record:
-    """Log and checkpoint of a run. The checkpoint comes last: what it does not know of did not happen."""
+    """Log and checkpoint of a run. The checkpoint is written last: an epoch that it does not hold did not happen."""
 
     def __init__(self, trainer: Trainer, folder: Path, kept: Kept | None) -> None:
         self.trainer, self.folder = trainer, folder
         self.log = hashlib.sha256()
         if kept is None:
-            self._save(fresh_state())  # first of all: it says whose the folder is
+            self._save(fresh_state())  # first of all: it marks the folder as that of a run
         else:
             kept.checkpoint.restore(trainer.model, trainer.optimizer, stepped=kept.state["epoch"] > 0)
         text = "" if kept is None else kept.log

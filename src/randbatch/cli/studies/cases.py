@@ -1,4 +1,4 @@
-"""The systems that the commands know by name: with a start, a time, and what is known of them.
+"""The systems that the commands know by name, each with a start, a time, and what is known of it.
 
 Shape letters: R realisations, N particles, S columns of a state.
 """
@@ -16,19 +16,22 @@ from torch import Tensor
 from randbatch import particles
 from randbatch._shapes import Float
 from randbatch.particles import System
+from randbatch.particles.convergence import second_moment
 
 __all__ = ["CASES", "Case", "start_of"]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A system and how it is best looked at.
+    """A system, its defaults and how its states are drawn.
 
     Attributes:
         system: from N to the system.
         start: from R, N and a generator to states `[R, N, S]`.
+        view: how states are drawn: `"line"`, `"plane"`, `"sphere"`, `"arrows"` or `"cosines"`.
         num_particles: N of a convergence study, where the direct sum must run in small steps.
         t1: its end.
+        observable: of its weak error, from states `[R, N, S]` to `[R]`.
         lipschitz: whether the interaction is unbiased and its pair force bounded and Lipschitz: then strong rate ½ and
             weak rate 1 are proved for RBM-1 (some theorems also ask for a confinement that is strong enough).
         why_not: why no rates can be measured; empty where they can.
@@ -36,7 +39,6 @@ class Case:
         batch_size: p of a simulation.
         dt: step of a simulation.
         long: its end.
-        view: how states are drawn: `"line"`, `"plane"`, `"sphere"`, `"arrows"` or `"cosines"`.
         law: from a time and places to the known density, for particles on a line.
     """
 
@@ -45,6 +47,7 @@ class Case:
     view: str
     num_particles: int = 64
     t1: float = 1.0
+    observable: Callable[[Tensor], Tensor] = second_moment
     lipschitz: bool = True
     why_not: str = ""
     many: int = 1000
@@ -81,7 +84,7 @@ def _uniform(columns: int, width: float) -> Callable[[int, int, torch.Generator]
 
 
 def _lattice_at_rest(realisations: int, size: int, generator: torch.Generator) -> Tensor:
-    """Places on a square lattice, a little off, and velocities 0."""
+    """Places near a square lattice, and velocities 0."""
     side = math.ceil(math.sqrt(size))
     grid = torch.cartesian_prod(torch.arange(side), torch.arange(side))[:size].double() - (side - 1) / 2
     jitter = 0.05 * torch.randn(realisations, size, 2, generator=generator, dtype=torch.float64)
@@ -93,7 +96,7 @@ def _ones(realisations: int, size: int, generator: torch.Generator) -> Tensor:
 
 
 def _quantiles(realisations: int, size: int, generator: torch.Generator) -> Tensor:
-    """A little spread around 0: equal eigenvalues would start with an infinite force."""
+    """Places spread around 0: equal eigenvalues would start with an infinite force."""
     places = 0.1 * torch.linspace(-1, 1, size, dtype=torch.float64).unsqueeze(-1)
     return places.expand(realisations, -1, -1).clone()
 
@@ -106,6 +109,11 @@ def _semicircle(time: float, x: Tensor) -> Tensor:
 def _inverse_gamma(time: float, x: Tensor) -> Tensor:
     """InvΓ(2, 1), where exchange, volatility and mean are 1; it holds at late times."""
     return x.clamp(min=1e-12).pow(-3) * torch.exp(-1 / x.clamp(min=1e-12))
+
+
+def _mean_cosine(x: Tensor) -> Tensor:
+    """The mean cosine of two tokens where `|x|²` is 1: the observable of attention."""
+    return x.mean(dim=1).square().sum(dim=-1)
 
 
 def _softmax(_: int) -> System:
@@ -137,12 +145,16 @@ CASES: dict[str, Case] = {
     ),
     "opinion": Case(lambda _: particles.opinion(), _uniform(2, 6.0), "plane", lipschitz=False, long=100.0, dt=0.2),
     "cucker_smale": Case(lambda _: particles.cucker_smale(), _normal(4), "arrows", many=300, long=20.0),
-    "sphere_unnormalised": Case(_unnormalised, _on_sphere(8), "cosines", many=256, long=3.0, dt=0.01, batch_size=16),
+    "sphere_unnormalised": Case(
+        _unnormalised, _on_sphere(8), "cosines", observable=_mean_cosine, many=256, long=3.0, dt=0.01, batch_size=16
+    ),
     "sphere_softmax": Case(
-        _softmax, _on_sphere(8), "cosines", lipschitz=False, many=256, long=12.0, dt=0.1, batch_size=16
+        _softmax, _on_sphere(8), "cosines", observable=_mean_cosine, lipschitz=False, many=256, long=12.0, dt=0.1,
+        batch_size=16,
     ),
     "transformer": Case(
-        _layers, _normal(16), "cosines", lipschitz=False, many=256, long=10.0, dt=0.25, batch_size=16
+        _layers, _normal(16), "cosines", observable=_mean_cosine, lipschitz=False, many=256, long=10.0, dt=0.25,
+        batch_size=16,
     ),
     "dyson": Case(
         particles.dyson, _quantiles, "line", many=2000, long=2.0, dt=0.01, law=_semicircle, lipschitz=False,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from randbatch._files import write_bytes, write_picture
 from randbatch._optional import new_figure, require
-from randbatch.experiments.cases import Case
+from randbatch.cli.studies.cases import Case
 from randbatch.particles import Trajectory, cosine_histogram
 
 __all__ = ["draw_strip", "film"]
@@ -29,7 +29,7 @@ def draw_strip(found: Trajectory, case: Case, title: str, path: Path) -> None:
     chosen = [round(place * (len(found.times) - 1) / max(1, count - 1)) for place in range(count)]
     columns = min(_COLUMNS, count)
     rows = -(-count // columns)
-    shared = {"squeeze": False, "sharex": True, "sharey": case.view != "line"}
+    shared = {"squeeze": False, "sharex": True, "sharey": case.view in _SHARED}
     figure, grid = new_figure(rows, columns, figsize=(2.6 * columns, 2.7 * rows), axes=shared)
     panels = list(grid.flat)
     for axes, time, state in zip(panels, found.times[chosen].tolist(), found.states[chosen], strict=False):
@@ -60,14 +60,16 @@ def film(found: Trajectory, case: Case, title: str, path: Path) -> None:
 
 
 def _line(axes: Any, state: Tensor, states: Tensor, case: Case, time: float) -> None:
-    """The density of places, and the known one."""
+    """The density of places, and the exact one where it is known."""
     last = states[-1].flatten()
     middle, quarter = (torch.quantile(last[:: max(1, len(last) // 2**20)], at).item() for at in (0.5, 0.75))
     low, high = states.min().item(), min(states.max().item(), middle + 10 * (quarter - middle))  # a tail may be long
-    if high <= low:  # most of them are in one place
+    if high <= low:  # most particles are in one place
         low, high = low - max(1.0, abs(low)) / 2, low + max(1.0, abs(low)) / 2
     places = state.flatten().numpy()
-    share = torch.full((len(places),), 40 / (len(places) * (high - low)))  # of all, also of those out of sight
+    share = torch.full(
+        (len(places),), 40 / (len(places) * (high - low))
+    )  # of all particles, including those out of sight
     axes.hist(places, bins=40, range=(low, high), weights=share.numpy(), color=_BLUE, alpha=0.6)
     if case.law is not None and time > 0:
         along = torch.linspace(low, high, 300, dtype=torch.float64)
@@ -76,7 +78,7 @@ def _line(axes: Any, state: Tensor, states: Tensor, case: Case, time: float) -> 
 
 
 def _bounds(axes: Any, points: Tensor) -> None:
-    """Equal axes that hold the middle 99 % of all points, so that a stray one does not hide the others."""
+    """Equal axes that hold the middle 99 % of all points: an outlier does not hide the others."""
     flat = points.flatten(0, -2)
     some = flat[:: max(1, len(flat) // 2**20)]
     ends = torch.tensor([0.005, 0.995], dtype=points.dtype)
@@ -95,7 +97,7 @@ def _plane(axes: Any, state: Tensor, states: Tensor, case: Case, time: float) ->
 def _arrows(axes: Any, state: Tensor, states: Tensor, case: Case, time: float) -> None:
     x, v = state.chunk(2, dim=-1)
     middle = states.chunk(2, dim=-1)[0].mean(dim=-2, keepdim=True)
-    x = x - x.mean(dim=0)  # seen from the flock, which travels
+    x = x - x.mean(dim=0)  # relative to the flock, which travels
     axes.quiver(x[:, 0], x[:, 1], v[:, 0], v[:, 1], color=_BLUE, width=0.004)
     _bounds(axes, states.chunk(2, dim=-1)[0] - middle)
 
@@ -119,6 +121,10 @@ def _cosines(axes: Any, state: Tensor, states: Tensor, case: Case, time: float) 
     axes.set(xlim=(-1, 1), ylim=(1e-5, 1), yscale="log", xlabel="cosine of a pair")
 
 
-_VIEWS: dict[str, Callable[[Any, Tensor, Tensor, Case, float], None]] = {
-    "line": _line, "plane": _plane, "arrows": _arrows, "sphere": _sphere, "cosines": _cosines,
+_SHARED: dict[str, Callable[[Any, Tensor, Tensor, Case, float], None]] = {
+    "plane": _plane, "arrows": _arrows, "sphere": _sphere, "cosines": _cosines,
 }  # fmt: skip
+"""Views whose panels share their vertical axis."""
+
+_VIEWS = {"line": _line} | _SHARED
+"""Name → view: from axes, the state, all states, the case and the time to what is drawn."""

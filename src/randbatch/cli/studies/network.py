@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,17 +10,17 @@ from typing import Any
 
 from randbatch._files import write_json, write_picture, write_text
 from randbatch._folders import check_names, locked
-from randbatch._optional import new_figure, require
+from randbatch._optional import new_figure
 from randbatch.analysis.forces import LayerForce, OutputErrors, output_error, random_force
+from randbatch.cli.studies.report import csv_of
 from randbatch.estimators import ESTIMATORS
-from randbatch.experiments.report import csv_of
-from randbatch.train.analyze import load_run
+from randbatch.train import load_run
 from randbatch.train.loop import Trainer
 
 __all__ = ["network_convergence"]
 
 _SIZES = (32, 64, 128, 256, 512)
-_COLORS = dict(zip(ESTIMATORS, ("#d62728", "#ff7f0e", "#1f77b4"), strict=False))
+_COLORS = dict(zip(ESTIMATORS, itertools.cycle(("#d62728", "#ff7f0e", "#1f77b4", "#2ca02c"))))
 
 
 def network_convergence(
@@ -34,9 +35,8 @@ def network_convergence(
 
     Raises:
         MissingFile: the folder holds no finished run.
-        InvalidValue: the run has no softmax attention, a number is out of range, or somebody else writes there.
+        InvalidValue: the run has no softmax attention, a number is out of range, or another process writes there.
     """
-    require("matplotlib")  # what is missing shows before anything is computed
     places = {kind: run / f"convergence.{kind}" for kind in ("csv", "json", "md", "png")}
     trainer = load_run(run, root)
     with locked(run):

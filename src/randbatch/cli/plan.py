@@ -14,8 +14,9 @@ from randbatch._errors import InvalidValue, UserError
 from randbatch._files import check_replaceable, read_json, write_json
 from randbatch.analysis import Plan, plan
 from randbatch.analysis.plan import parse_memory
+from randbatch.cli.command import Command
 
-__all__ = ["PlanConfig", "run_plan"]
+__all__ = ["COMMAND", "PlanConfig", "run_plan"]
 
 _LARGEST = 2**62  # an index of torch
 _DEEPEST = 10_000
@@ -27,31 +28,31 @@ class PlanConfig:
     """Peak memory of training a graph transformer on a whole graph, and the batch size that fits."""
 
     nodes: int
-    """N."""
+    """Number of nodes N."""
     edges: int
-    """E, directed."""
+    """Number of directed edges E."""
     memory: str = "16GB"
-    """What there is: 16GB is 16 · 10⁹ bytes, 16GiB 16 · 2³⁰."""
+    """Memory to fit into: 16GB is 16 · 10⁹ bytes, 16GiB is 16 · 2³⁰."""
     features: int = 64
     """Input features of a node."""
     hidden: int = 64
-    """Channels."""
+    """Channels C; a multiple of heads."""
     layers: int = 3
-    """Layers."""
+    """Layers of the model."""
     heads: int = 4
-    """Heads of the attention."""
+    """Attention heads."""
     local: Literal["gcn", "sage", "gat", "gin", "off"] = "sage"
     """Message passing."""
     estimator: Literal["plain", "debiased", "corrected"] = "plain"
-    """Estimator of attention; corrected has no pieces."""
+    """How in-batch outputs estimate full attention; `corrected` takes all batches at once."""
     dropout: float = 0.0
-    """Of the layers."""
+    """Dropout of the layers."""
     dtype: Literal["fp32", "bf16", "fp64"] = "fp32"
-    """Of features and parameters."""
+    """Dtype of features and parameters."""
     batch_size: tuple[int, ...] = (64, 128, 256, 512, 1024)
-    """p, to choose from."""
+    """Batch sizes p to choose from."""
     chunk_batches: int = 8
-    """Batches at a time, where memory is to be saved."""
+    """Random batches at a time, where not all fit at once."""
     out: Path | None = None
     """JSON file of the result. Default: none."""
 
@@ -81,11 +82,11 @@ def _check_out(path: Path) -> None:
     except UserError:
         content = None
     if not (isinstance(content, dict) and {field.name for field in fields(Plan)} == content.keys()):
-        raise InvalidValue(f"out: {path} is there already and holds no plan; choose another file")
+        raise InvalidValue(f"out: {path} exists and holds no plan; choose another file")
 
 
 def run_plan(config: PlanConfig, *, say: Callable[[str], None] = print) -> Plan:
-    """Predict, and print the table.
+    """Predict peak memory and print the table.
 
     Raises:
         UserError: a setting that does not fit, or a package that is missing.
@@ -98,8 +99,11 @@ def run_plan(config: PlanConfig, *, say: Callable[[str], None] = print) -> Plan:
         dropout=config.dropout, dtype=_DTYPES[config.dtype], batch_sizes=config.batch_size,
         chunk_batches=(None,) if config.estimator == "corrected" else (None, config.chunk_batches),
     )  # fmt: skip
-    say(f"{found}\n\nOn top of it comes what the process takes: 0.3 to 0.6 GB.")
+    say(f"{found}\n\nThe process itself takes another 0.3 to 0.6 GB.")
     if config.out is not None:
         write_json(config.out, asdict(found))
         say(f"numbers: {config.out}")
     return found
+
+
+COMMAND = Command("plan", "the batch size that fits into memory", PlanConfig, run_plan)

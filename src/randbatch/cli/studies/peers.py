@@ -1,4 +1,4 @@
-"""What a layer of random batch attention is compared with: forward functions from `[N, C]` to `[N, C]`.
+"""The attention layers that `randbatch bench` compares: forward functions from `[N, C]` to `[N, C]`.
 
 Shape letters: N tokens, C channels, M batches, H heads, P tokens in a batch, D head size.
 """
@@ -23,7 +23,7 @@ __all__ = ["PEERS", "Peer", "naive"]
 def naive(
     layer: RandomBatchAttention, x: Float[Tensor, "n c"], order: Int[Tensor, " n"] | None = None
 ) -> Float[Tensor, "n c"]:
-    """What one would write first, with the weights of `layer`; N must be a multiple of p.
+    """The straightforward composition in torch, with the weights of `layer`; N must be a multiple of p.
 
     Projection, `index_select` of query, key and value, `scaled_dot_product_attention`, `index_copy`, projection.
     """
@@ -87,7 +87,7 @@ def _of_pyg(
         )
 
         def attend(x: Tensor) -> Tensor:
-            # the mask that Polynormer asks for has every token in it
+            # Polynormer requires a mask; here it holds every token
             every = torch.ones(1, len(x), dtype=torch.bool, device=x.device)
             return attention(x.unsqueeze(0), every).squeeze(0)
 
@@ -102,7 +102,7 @@ PEERS: dict[str, Peer] = {
     "naive": Peer(_naive, same=True),
     "full": Peer(_full, quadratic=True, same=True),
     "performer": Peer(_of_pyg("PerformerAttention")),
-    "sgformer": Peer(_of_pyg("SGFormerAttention", one_head=True)),  # it gives the mean over the heads
+    "sgformer": Peer(_of_pyg("SGFormerAttention", one_head=True)),  # it returns the mean over the heads
     "polynormer": Peer(_of_pyg("PolynormerAttention")),
 }
 """Name → peer: ours, ours with `chunk_batches="auto"`, the naive composition, `MultiheadAttention`, PyG's three."""

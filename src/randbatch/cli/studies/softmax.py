@@ -1,4 +1,4 @@
-"""What softmax does to the theory: self-attention on the sphere by each estimator, as the step goes to 0.
+"""Softmax against the theory: self-attention on the sphere by each estimator, as the step goes to 0.
 
 Shape letters: R realisations, N tokens, D dimensions.
 """
@@ -29,7 +29,7 @@ ROUNDS = (2, 4)
 class AttentionInBatches(System):
     """The sphere dynamics SA, `dx_i = P_{x_i} F_i(x) dt`, with `rb.random_batch_attention` as F: Q = K = V = I.
 
-    To be solved by `"direct"`: the random batches are inside F, fresh in every step from torch's default generator.
+    Solve it by `"direct"`: the random batches are inside F, drawn in every step from torch's default generator.
 
     Args:
         batch_size: p.
@@ -57,8 +57,8 @@ def softmax_jobs(
 ) -> list[tuple[System, list[Job]]]:
     """Softmax attention by every estimator and by rounds, and the unnormalised attention, which follows the lemma.
 
-    Each list of jobs comes with the system whose direct sum it is to be compared with. The last of the softmax jobs
-    of each batch size takes all rounds: its error is that of the step alone.
+    Each list of jobs comes with the system whose direct sum is its reference. The last softmax job of each batch size
+    takes all rounds: its error is that of the step alone.
     """
     softmax = System(SoftmaxAttention(BETA), manifold=SPHERE)
     unnormalised = System(UnnormalisedAttention(BETA), manifold=SPHERE)

@@ -1,8 +1,9 @@
-"""`randbatch simulate`: a trajectory, and what it looks like."""
+"""`randbatch simulate`: a trajectory and its pictures."""
 
 from __future__ import annotations
 
 import io
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,15 +19,16 @@ from randbatch._checks import (
 )
 from randbatch._errors import InvalidValue
 from randbatch._files import write_bytes
+from randbatch._folders import new_place, open_folder
 from randbatch._memory import check_memory
 from randbatch._optional import require
-from randbatch.experiments.cases import CASES, start_of
-from randbatch.experiments.folders import open_folder
-from randbatch.experiments.frames import draw_strip, film
+from randbatch.cli.command import PICTURES, Command
+from randbatch.cli.studies.cases import CASES, start_of
+from randbatch.cli.studies.frames import draw_strip, film
 from randbatch.particles import Trajectory, solve
-from randbatch.particles.solver import METHODS
+from randbatch.particles.solver import METHODS, RANDOM_METHODS
 
-__all__ = ["SimulateConfig", "simulate"]
+__all__ = ["COMMAND", "SimulateConfig", "simulate"]
 
 
 @dataclass(frozen=True)
@@ -34,29 +36,29 @@ class SimulateConfig:
     """A system of particles in time: its trajectory (NPZ), a strip of frames (PNG), and a film (GIF)."""
 
     system: str = "opinion"
-    """consensus, wealth, opinion, cucker_smale, sphere_unnormalised, sphere_softmax, transformer, dyson, thomson or
+    """consensus, wealth, opinion, cucker_smale, sphere_unnormalised, sphere_softmax, transformer, dyson, thomson,
     lennard_jones."""
     method: str = "rbm1"
     """direct, rbm1 or rbmr."""
     batch_size: int | None = None
-    """p, for random batches. Default: 16 for attention, otherwise 2."""
+    """Batch size p of rbm1 and rbmr. Default: 16 for attention, otherwise 2."""
     num_particles: int | None = None
-    """N. Default: the one of the system."""
+    """Number of particles N. Default: that of the system."""
     t1: float | None = None
-    """The end. Default: the one of the system."""
+    """Time of the end. Default: that of the system."""
     dt: float | None = None
-    """The step. Default: the one of the system."""
+    """Step τ. Default: that of the system."""
     frames: int = 6
-    """Saved times, and panels of the strip, of which there are at most 60."""
+    """Number of saved times. The strip shows at most 60 of them."""
     film: bool = False
-    """Whether to make a film as well, of as many frames as are saved: take --frames 60."""
+    """Whether to make a film of the saved times, too; --frames 60 gives five seconds."""
     seed: int = 0
-    """Of start, noise and partitions."""
+    """Seed of start, noise and partitions."""
     out: Path | None = None
     """Folder of the results. Default: runs/simulate-<system>-<time>."""
 
     def __post_init__(self) -> None:
-        """Check the numbers together with the defaults of the system."""
+        """Check the settings together with the defaults of the system."""
         _Plan.of(self)
 
 
@@ -80,12 +82,12 @@ class _Plan:
         size = case.many if config.num_particles is None else config.num_particles
         check_integer("num_particles", size, 2, MOST)
         batch_size = config.batch_size
-        if config.method != "direct":
+        if config.method in RANDOM_METHODS:
             batch_size = case.batch_size if batch_size is None else batch_size
             if check_integer("batch_size", batch_size, 2) > size:
                 raise InvalidValue(f"batch_size must be at most the number of particles {size}, got {batch_size}")
         elif batch_size is not None:
-            raise InvalidValue(f"batch_size must be left out with method 'direct', got {batch_size}")
+            raise InvalidValue(f"batch_size must be left out with method {config.method!r}, got {batch_size}")
         dt = check_positive("dt", case.dt if config.dt is None else config.dt)
         t1 = check_positive("t1", case.long if config.t1 is None else config.t1)
         steps = check_multiple("t1", t1, "dt", dt)
@@ -106,18 +108,19 @@ def simulate(config: SimulateConfig, *, say: Callable[[str], None] = print) -> T
     """Solve, and write trajectory and pictures.
 
     Raises:
-        UserError: a setting that does not fit, a package that is missing, a folder that is somebody else's.
+        UserError: a setting that does not fit, a missing package, a folder with other results.
         Interrupted: by Ctrl-C.
     """
     plan, case = _Plan.of(config), CASES[config.system]
-    for module in ("numpy", "matplotlib", "tqdm", *(["PIL"] if config.film else [])):  # what is missing shows now
-        require(module)
+    if config.film:
+        require("PIL")  # what is missing shows before a folder is made
     row = start_of(case, 1, 2, plan.seed)[0, 0]  # of one particle
     least = plan.num_particles * row.numel() * row.element_size()
     check_memory("num_particles", plan.num_particles, (2 + plan.frames) * least)
     x0 = start_of(case, 1, plan.num_particles, plan.seed)[0]
-    name = f"simulate-{config.system}"
-    with open_folder(config.out, name, asdict(plan), say, " (it starts from t = 0)") as folder:
+    folder = config.out or new_place(f"simulate-{config.system}")
+    how = f"the same command and --out {shlex.quote(str(folder))} (it starts from t = 0)"
+    with open_folder(folder, asdict(plan), say=say, how=how):
         found = solve(
             case.system(plan.num_particles), x0, plan.t1, plan.dt, plan.method, batch_size=plan.batch_size,
             seed=plan.seed, save_at=plan.saved(), progress=True,
@@ -139,3 +142,6 @@ def _npz(found: Trajectory) -> bytes:
     content = io.BytesIO()
     numpy.savez_compressed(content, times=found.times.numpy(), states=found.states.cpu().numpy())
     return content.getvalue()
+
+
+COMMAND = Command("simulate", "a system of particles in time", SimulateConfig, simulate, needs=PICTURES)

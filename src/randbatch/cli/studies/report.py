@@ -47,7 +47,7 @@ def draw_convergence(found: Convergence, path: Path) -> None:
     palette = require("matplotlib").colormaps["tab10"].colors
     for one in found.errors:
         places = (labels.index(one.label), sizes.index(one.batch_size))
-        color, line = places if len(labels) > len(sizes) else reversed(places)  # colours for what there is more of
+        color, line = places if len(labels) > len(sizes) else reversed(places)  # colours for the longer of both lists
         style = {
             "color": palette[color % len(palette)], "linestyle": _STYLES[line % len(_STYLES)],
             "marker": _MARKS[places[0] % len(_MARKS)], "label": f"{one.label}, p = {one.batch_size}",

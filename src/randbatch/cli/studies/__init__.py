@@ -1,0 +1,1 @@
+"""What the commands measure: convergence against theorems, systems of particles, layers and trained networks."""
