@@ -13,7 +13,7 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -24,6 +24,9 @@ from randbatch._memory import is_out_of_memory
 from randbatch._optional import require
 from randbatch.cli import analyze, bench, convergence, datasets, plan, simulate, train
 from randbatch.cli.command import Command
+from randbatch.estimators import Estimator
+from randbatch.interactions import Interaction
+from randbatch.kernels import Backend
 
 __all__ = ["COMMANDS", "main"]
 
@@ -118,7 +121,7 @@ def _parse(command: Command[Any], words: Sequence[str]) -> Any:
     positional = (tyro.conf.PositionalRequiredArgs,) if command.positional else ()
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(said), _objects_by_name(tyro):
             return tyro.cli(
                 command.settings, prog=f"randbatch {command.name}", args=words, config=positional, **options
             )  # fmt: skip
@@ -129,6 +132,25 @@ def _parse(command: Command[Any], words: Sequence[str]) -> Any:
         text = said.getvalue()
         sys.stderr.write(text if sys.stderr.isatty() else _ESCAPES.sub("", text))
         raise
+
+
+def _objects_by_name(tyro: Any) -> Any:
+    """On a command line an interaction, an estimator or a backend is given by its name."""
+    registry = tyro.constructors.ConstructorRegistry()
+
+    def by_name(info: Any) -> Any:
+        kinds = {*get_args(info.type)} - {str}
+        if len(kinds) != 1 or not kinds <= {Interaction, Estimator, Backend}:
+            return None
+        (kind,) = kinds
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1, metavar="NAME", instance_from_str=lambda words: words[0],
+            is_instance=lambda value: isinstance(value, (str, kind)),
+            str_from_instance=lambda value: [getattr(value, "name", value)],
+        )  # fmt: skip
+
+    registry.primitive_rule(by_name)
+    return registry
 
 
 def _refusal(end: SystemExit) -> BaseException | None:

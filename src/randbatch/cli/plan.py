@@ -9,12 +9,13 @@ from typing import Literal
 
 import torch
 
-from randbatch._checks import MOST, check_integer, check_probability, check_several
+from randbatch._checks import MOST, check_choice, check_integer, check_probability, check_several
 from randbatch._errors import InvalidValue, UserError
 from randbatch._files import check_replaceable, read_json, write_json
 from randbatch.analysis import Plan, plan
 from randbatch.analysis.plan import parse_memory
 from randbatch.cli.command import Command
+from randbatch.estimators import ESTIMATORS
 
 __all__ = ["COMMAND", "PlanConfig", "run_plan"]
 
@@ -43,7 +44,7 @@ class PlanConfig:
     """Attention heads."""
     local: Literal["gcn", "sage", "gat", "gin", "off"] = "sage"
     """Message passing."""
-    estimator: Literal["plain", "debiased", "corrected"] = "plain"
+    estimator: str = "plain"
     """How in-batch outputs estimate full attention; `corrected` takes all batches at once."""
     dropout: float = 0.0
     """Dropout of the layers."""
@@ -67,6 +68,7 @@ class PlanConfig:
         if self.hidden % self.heads:
             raise InvalidValue(f"hidden must be a multiple of heads, got {self.hidden} and {self.heads}")
         check_probability("dropout", self.dropout)
+        check_choice("estimator", self.estimator, ESTIMATORS)
         check_several("batch_size", self.batch_size)
         for size in self.batch_size:
             check_integer("batch_size", size, 2, MOST)
@@ -97,7 +99,7 @@ def run_plan(config: PlanConfig, *, say: Callable[[str], None] = print) -> Plan:
         config.nodes, config.edges, memory=config.memory, features=config.features, hidden=config.hidden,
         layers=config.layers, heads=config.heads, local=config.local, estimator=config.estimator,
         dropout=config.dropout, dtype=_DTYPES[config.dtype], batch_sizes=config.batch_size,
-        chunk_batches=(None,) if config.estimator == "corrected" else (None, config.chunk_batches),
+        chunk_batches=(None, config.chunk_batches) if ESTIMATORS[config.estimator].can_chunk else (None,),
     )  # fmt: skip
     say(f"{found}\n\nThe process itself takes another 0.3 to 0.6 GB.")
     if config.out is not None:

@@ -22,7 +22,7 @@ from randbatch.models.local import make_convolution, pass_messages, prepare_edge
 from randbatch.nn import RandomBatchAttention, RandomBatchConfig
 from randbatch.partition import fold_seed
 
-__all__ = ["ATTENTIONS", "GraphTransformer", "attention_names"]
+__all__ = ["ATTENTIONS", "GraphTransformer", "attention_names", "is_random"]
 
 ATTENTIONS: dict[str, Callable[[RandomBatchConfig], RandomBatchConfig | None]] = {
     "rba": lambda config: config,
@@ -36,6 +36,13 @@ ATTENTIONS: dict[str, Callable[[RandomBatchConfig], RandomBatchConfig | None]] =
 def attention_names() -> list[str]:
     """The names that `attention` takes: those of `ATTENTIONS`, and every interaction, in random batches."""
     return [*ATTENTIONS, *(name for name in INTERACTIONS if name not in ATTENTIONS)]
+
+
+def is_random(attention: str) -> bool:
+    """Whether an attention of this name works in random batches."""
+    of_mode = ATTENTIONS.get(attention)
+    config = RandomBatchConfig(2)
+    return of_mode is None or of_mode(config) is config
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from itertools import count
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from randbatch.kernels import Backend, resolve_backend
 from randbatch.nn.calls import Calls, next_seed, notice_shared_seed
 from randbatch.tolerance import RoundsChoice
 
-__all__ = ["ATTRIBUTE", "RandomBatchConfig", "config_of", "own_config"]
+__all__ = ["ATTRIBUTE", "BatchOptions", "RandomBatchConfig", "config_of", "own_config"]
 
 ATTRIBUTE = "randbatch_config"
 """The attribute of every module with random batches that holds its config."""
@@ -51,8 +52,57 @@ def _check_flag(value: Any) -> bool:
     return value
 
 
+@cache
+def _checks_of(cls: type[Any]) -> dict[str, Callable[[Any], Any]]:
+    return {each.name: each.metadata["check"] for each in fields(cls) if "check" in each.metadata}
+
+
 @dataclass
-class RandomBatchConfig:
+class BatchOptions:
+    """The options that all modules of a model may share: every one but the seed.
+
+    Settings of a command inherit them, `RandomBatchConfig` adds what belongs to one module. Every change is checked.
+    """
+
+    batch_size: int = option(lambda value: check_integer("batch_size", value, 2), default=128)
+    """p >= 2, tokens in a random batch. With p >= N there is no sampling."""
+    interaction: str | Interaction = option(INTERACTIONS.resolve, default="softmax")
+    """What a token does with those it meets: a name (`"softmax"`, `"linear"`, …) or an `Interaction`."""
+    estimator: str | Estimator = option(ESTIMATORS.resolve, default="plain")
+    """How in-batch outputs estimate full attention. `"plain"` is the paper's; `"debiased"` no longer over-counts a
+    token's own weight; `"corrected"` adds mean fields, and is the most accurate."""
+    rounds: int = option(lambda value: check_integer("rounds", value, 1), default=1)
+    """R >= 1 orthogonal partitions per call in training: a token meets R (p − 1) others. Time is proportional to it."""
+    eval_rounds: int | None = option(_optional(lambda value: check_integer("eval_rounds", value, 1)), default=None)
+    """R in eval. None: the same as `rounds`."""
+    backend: str | Backend = option(_check_backend, default="auto")
+    """Of softmax attention. `"auto"`: the first that can."""
+    exact_eval: bool = option(_check_flag, default=False)
+    """In eval, one batch holds each whole set: no sampling at all, O(N²) time."""
+    tolerance: float | None = option(_optional(lambda value: check_positive("tolerance", value)), default=None)
+    """In eval, as many rounds as keep the relative error of this module's attention below it (see `choose_rounds`),
+    instead of `eval_rounds`; for softmax attention only."""
+    chunk_batches: int | Literal["auto"] | None = option(_check_chunk, default=None)
+    """Batches at a time, computed again in backward: memory is that of input, output, their gradients and one chunk,
+    whatever p. `"auto"`: as many as fit into free memory. None: all at once, which takes a fifth to a third less time.
+    Not for the estimator `"corrected"`."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        check = _checks_of(type(self)).get(name)
+        object.__setattr__(self, name, value if check is None else check(value))
+
+    def config(self, **changes: Any) -> RandomBatchConfig:
+        """The options as the config of a module, with some changes.
+
+        Raises:
+            ValueError: options that have no meaning together.
+        """
+        values = {name: getattr(self, name) for name in _checks_of(BatchOptions)}
+        return RandomBatchConfig(**{**values, **changes})
+
+
+@dataclass
+class RandomBatchConfig(BatchOptions):
     """How a module draws its random batches and what it computes in them.
 
     It is the attribute `randbatch_config` of every module with random batches. Its fields may be changed at any time;
@@ -69,31 +119,9 @@ class RandomBatchConfig:
         (1, 'debiased')
     """
 
-    batch_size: int = option(lambda value: check_integer("batch_size", value, 2))
-    """p >= 2, tokens in a random batch. With p >= N there is no sampling."""
-    interaction: str | Interaction = option(INTERACTIONS.resolve, default="softmax")
-    """What a token does with those it meets: a name (`"softmax"`, `"linear"`, …) or an `Interaction`."""
-    estimator: str | Estimator = option(ESTIMATORS.resolve, default="plain")
-    """How in-batch outputs estimate full attention. `"plain"` is the paper's; `"debiased"` no longer over-counts a
-    token's own weight; `"corrected"` adds mean fields, and is the most accurate."""
-    rounds: int = option(lambda value: check_integer("rounds", value, 1), default=1)
-    """R >= 1 orthogonal partitions per call in training: a token meets R (p − 1) others. Time is proportional to it."""
-    eval_rounds: int | None = option(_optional(lambda value: check_integer("eval_rounds", value, 1)), default=None)
-    """R in eval. None: the same as `rounds`."""
-    backend: str | Backend = option(_check_backend, default="auto")
-    """Of softmax attention. `"auto"`: the first that can."""
     seed: int = option(lambda value: check_integer("seed", value), default=0)
     """The partitions of eval. What a graph gets depends on the graph and this alone, not on what else is in the
     mini-batch."""
-    exact_eval: bool = option(_check_flag, default=False)
-    """In eval, one batch holds each whole set: no sampling at all, O(N²) time."""
-    tolerance: float | None = option(_optional(lambda value: check_positive("tolerance", value)), default=None)
-    """In eval, as many rounds as keep the relative error of this module's attention below it (see `choose_rounds`),
-    instead of `eval_rounds`; for softmax attention only."""
-    chunk_batches: int | Literal["auto"] | None = option(_check_chunk, default=None)
-    """Batches at a time, computed again in backward: memory is that of input, output, their gradients and one chunk,
-    whatever p. `"auto"`: as many as fit into free memory. None: all at once, which takes a fifth to a third less time.
-    Not for the estimator `"corrected"`."""
 
     chosen: RoundsChoice | None = field(default=None, init=False, repr=False, compare=False)
     """What `tolerance` led to in the last call."""
@@ -105,10 +133,6 @@ class RandomBatchConfig:
     """Shared by deep copies alone."""
     calls: Calls | None = field(default=None, init=False, repr=False, compare=False)
     """Of that model: a module that is called several times in its forward draws other partitions each time."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        check = _CHECKS.get(name)
-        object.__setattr__(self, name, value if check is None else check(value))
 
     def __post_init__(self) -> None:
         self.check()
@@ -124,9 +148,10 @@ class RandomBatchConfig:
         Raises:
             TypeError: there is no option of some name.
         """
-        unknown = [name for name in options if name not in _CHECKS]
+        known = _checks_of(cls)
+        unknown = [name for name in options if name not in known]
         if unknown:
-            raise InvalidType(f"there is no option {unknown[0]!r}; the options are {', '.join(_CHECKS)}")
+            raise InvalidType(f"there is no option {unknown[0]!r}; the options are {', '.join(known)}")
         if isinstance(batch_size, RandomBatchConfig):
             return batch_size.copy(**options)
         return cls(batch_size, **options)
@@ -211,12 +236,13 @@ class RandomBatchConfig:
         self.chosen = choice
 
     def describe(self) -> str:
-        """What `print(module)` shows."""
+        """What `print(module)` shows: p, and every option that is not the default."""
+        default = RandomBatchConfig()
         shown = [f"batch_size={self.batch_size}"]
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if each.name in _CHECKS and each.name != "batch_size" and value != _resolved_default(each.name):
-                shown.append(f"{each.name}={_shown(value)}")
+        for name in _checks_of(RandomBatchConfig):
+            value = getattr(self, name)
+            if name != "batch_size" and value != getattr(default, name):
+                shown.append(f"{name}={getattr(value, 'name', value)!r}")
         return ", ".join(shown)
 
 
@@ -227,21 +253,6 @@ def own_config(batch_size: int | RandomBatchConfig, options: dict[str, Any]) -> 
     if not isinstance(batch_size, RandomBatchConfig) and "seed" not in options:
         config.seed = next_seed()
     return config
-
-
-_CHECKS: dict[str, Callable[[Any], Any]] = {
-    each.name: each.metadata["check"] for each in fields(RandomBatchConfig) if "check" in each.metadata
-}
-_DEFAULTS = {each.name: each.default for each in fields(RandomBatchConfig)}
-
-
-def _resolved_default(name: str) -> Any:
-    default = _DEFAULTS[name]
-    return _CHECKS[name](default) if isinstance(default, str) else default
-
-
-def _shown(value: Any) -> str:
-    return repr(getattr(value, "name", value))
 
 
 def config_of(module: nn.Module) -> RandomBatchConfig | None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from randbatch._checks import (
     MOST,
     check_choice,
-    check_chunk_batches,
     check_integer,
     check_not_negative,
     check_positive,
@@ -20,21 +19,20 @@ from randbatch._checks import (
     check_several,
 )
 from randbatch._errors import InvalidValue
-from randbatch.estimators import ESTIMATORS
-from randbatch.models.graph_transformer import ATTENTIONS
+from randbatch.models.graph_transformer import attention_names
 from randbatch.models.local import CONVOLUTIONS
+from randbatch.nn.config import BatchOptions
 from randbatch.train.data import DATASETS
 from randbatch.train.machine import check_device
 
-__all__ = ["PRESETS", "Attention", "RunConfig", "Settings", "SweepConfig", "preset"]
+__all__ = ["PRESETS", "RunConfig", "Settings", "SweepConfig", "preset"]
 
-Attention = Literal["rba", "full", "linear", "off"]
 _DEEPEST = 10_000  # layers, and rounds of one layer: more is a slip of the hand
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What all runs of a sweep share."""
+@dataclass
+class Settings(BatchOptions):
+    """What all runs of a sweep share, the options of random batches among it."""
 
     dataset: str = "groups"
     """A name (see `randbatch datasets`), the path of an .npz file, or `groups`, the embedded one."""
@@ -42,16 +40,6 @@ class Settings:
     """Folder of the data sets; what is missing is downloaded there."""
     preset: str = "groups"
     """Name of the defaults: by default that of the data set, where there is one."""
-    batch_size: int = 128
-    """p: tokens in a random batch, of `rba`."""
-    estimator: Literal["plain", "debiased", "corrected"] = "plain"
-    """How in-batch outputs estimate full attention, of `rba`."""
-    rounds: int = 1
-    """Partitions per layer and step, of `rba`; time is proportional to it."""
-    eval_rounds: int | None = None
-    """The same in evaluation. Default: as in training."""
-    chunk_batches: int | Literal["auto"] | None = None
-    """Random batches at a time, computed again in backward, which saves memory. Default: all at once."""
     epochs: int = 200
     """Passes over the training graphs."""
     lr: float = 1e-3
@@ -92,14 +80,11 @@ class Settings:
         check_integer("rounds", self.rounds, 1, _DEEPEST)
         if self.eval_rounds is not None:
             check_integer("eval_rounds", self.eval_rounds, 1, _DEEPEST)
-        check_choice("estimator", self.estimator, ESTIMATORS)
         check_choice("local", self.local, CONVOLUTIONS)
         check_choice("order", self.order, ("then", "beside"))
-        check_chunk_batches(self.chunk_batches)
         if isinstance(self.chunk_batches, int):
             check_integer("chunk_batches", self.chunk_batches, 1, MOST)
-        if self.chunk_batches is not None and self.estimator == "corrected":
-            raise InvalidValue("chunk_batches must be left out with estimator 'corrected', which has no pieces")
+        self.config()  # options that have no meaning together
         if self.hidden % self.heads:
             raise InvalidValue(f"hidden must be a multiple of heads, got {self.hidden} and {self.heads}")
         for name in ("dropout", "input_dropout", "attention_dropout"):
@@ -116,28 +101,29 @@ class Settings:
         return self.lr * min(1.0, left / self.lr_decay) if self.lr_decay else self.lr
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunConfig(Settings):
     """One training run."""
 
-    attention: Attention = "rba"
+    attention: str = "rba"
     split: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Check what is this run's own, too."""
         super().__post_init__()
-        check_choice("attention", self.attention, ATTENTIONS)
+        check_choice("attention", self.attention, attention_names())
         check_seed("split", self.split, 0)
         check_seed("seed", self.seed)
 
 
-@dataclass(frozen=True)
+@dataclass
 class SweepConfig(Settings):
     """Train graph transformers: one run for each attention, split and seed; a table and a picture at the end."""
 
-    attention: tuple[Attention, ...] = ("rba",)
-    """Global attention: random batches, exact, linear, none; several are compared."""
+    attention: tuple[str, ...] = ("rba",)
+    """Global attention: `rba` (softmax in random batches), `full`, `linear` (of whole graphs), `off`, or any other
+    interaction in random batches; several are compared."""
     split: tuple[int, ...] = (0,)
     """Splits of the data set (of `groups`: seeds of the data)."""
     seed: tuple[int, ...] = (0,)
@@ -166,7 +152,10 @@ class SweepConfig(Settings):
 
 def to_json(config: Settings) -> dict[str, Any]:
     """The settings as plain JSON values."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    return {
+        name: str(value) if isinstance(value, Path) else getattr(value, "name", value) for name, value in values.items()
+    }
 
 
 def free_settings(config: Settings) -> set[str]:

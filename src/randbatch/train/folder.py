@@ -25,6 +25,7 @@ from torch import nn
 from randbatch._errors import InvalidValue
 from randbatch._files import parse_json, read_record, read_text
 from randbatch._folders import check_names, check_new, check_settings, first_difference
+from randbatch.models.graph_transformer import is_random
 from randbatch.train.checkpoint import Checkpoint, check_weights, read_checkpoint, read_tensors
 from randbatch.train.config import RunConfig, free_settings, to_json
 from randbatch.train.data import Dataset
@@ -110,12 +111,13 @@ def make_result(
     num_parameters: int, made_with: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The result of a run, by its state and its log."""
-    random = config.attention == "rba"
+    random = is_random(config.attention)
+    name = getattr(config.estimator, "name", config.estimator)
     found = {
         "dataset": config.dataset,
         "attention": config.attention,
         "batch_size": config.batch_size if random else None,
-        "estimator": config.estimator if random else None,
+        "estimator": name if random else None,
         "rounds": config.rounds if random else None,
         "seed": config.seed,
         "split": config.split,

@@ -63,15 +63,11 @@ def make_model(config: RunConfig, dataset: Dataset) -> GraphTransformer:
         heads=config.heads,
         local=config.local,
         attention=config.attention,
-        batch_size=config.batch_size,
-        estimator=config.estimator,
-        rounds=config.rounds,
-        eval_rounds=config.eval_rounds,
+        batch_size=config.config(),
         order=config.order,
         dropout=config.dropout,
         input_dropout=config.input_dropout,
-        attention_dropout=config.attention_dropout if config.attention in ("rba", "full") else 0.0,
-        chunk_batches=config.chunk_batches,
+        attention_dropout=config.attention_dropout,
         seed=config.seed,
     )
 

@@ -16,14 +16,20 @@ Run = tuple[dict[str, Any], list[dict[str, Any]]]
 """A result and the lines of its log."""
 
 _COLORS = {"off": "#7f7f7f", "linear": "#2ca02c", "rba": "#d62728", "full": "#1f77b4"}
+_OTHERS = ("#9467bd", "#ff7f0e", "#17becf", "#e377c2", "#8c564b", "#bcbd22")
+
+
+def _color(name: str) -> str:
+    """The same in every picture: an attention that has none of its own gets one by its name."""
+    return _COLORS.get(name, _OTHERS[sum(name.encode()) % len(_OTHERS)])
 
 
 def describe(result: dict[str, Any]) -> str:
     """What tells the rows of a table apart."""
-    if result["attention"] != "rba":
+    if result["batch_size"] is None:  # no random batches
         return result["attention"]
     rounds = f", {result['rounds']} rounds" if result["rounds"] > 1 else ""
-    return f"rba ({result['estimator']}, p = {result['batch_size']}{rounds})"
+    return f"{result['attention']} ({result['estimator']}, p = {result['batch_size']}{rounds})"
 
 
 def _by_row(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -61,7 +67,7 @@ def draw_curves(runs: Sequence[Run], path: Path) -> None:
     seen: set[str] = set()
     for result, log in runs:
         name = describe(result)
-        style = {"color": _COLORS[result["attention"]], "label": None if name in seen else name, "linewidth": 1.2}
+        style = {"color": _color(result["attention"]), "label": None if name in seen else name, "linewidth": 1.2}
         seen.add(name)
         left.plot([line["epoch"] for line in log], [line["loss"] for line in log], **style)
         judged = [line for line in log if "val" in line]
@@ -74,7 +80,7 @@ def draw_curves(runs: Sequence[Run], path: Path) -> None:
         scores = [100 * result["test"] for result in results]
         seconds = statistics.median(result["seconds_per_epoch"] for result in results)
         mean = statistics.mean(scores)
-        color = _COLORS[results[0]["attention"]]
+        color = _color(results[0]["attention"])
         right.hlines(mean, place - 0.25, place + 0.25, color=color, linewidth=4)
         right.scatter([place] * len(scores), scores, color=color, edgecolors="white", s=36, zorder=3)
         right.annotate(f"{mean:.1f} %\n{seconds:.2f} s/epoch", (place, max(scores)), ha="center", va="bottom",

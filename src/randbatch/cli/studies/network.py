@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +19,6 @@ from randbatch.train.loop import Trainer
 __all__ = ["network_convergence"]
 
 _SIZES = (32, 64, 128, 256, 512)
-_COLORS = dict(zip(ESTIMATORS, itertools.cycle(("#d62728", "#ff7f0e", "#1f77b4", "#2ca02c"))))
 
 
 def network_convergence(
@@ -122,14 +120,16 @@ def _draw(layers: Sequence[LayerForce], outputs: Sequence[OutputErrors], path: P
         sizes = list(one.lemma)
         axes.plot(sizes, list(one.lemma.values()), color="black", linewidth=4, alpha=0.25, label="lemma")
         for name, by_p in one.fluctuation.items():
-            axes.plot(sizes, list(by_p.values()), "o-", color=_COLORS[name], markersize=4, label=f"{name}, deviation")
+            axes.plot(
+                sizes, list(by_p.values()), "o-", color=ESTIMATORS[name].color, markersize=4, label=f"{name}, deviation"
+            )
             bias = [one.bias[name][p] or float("nan") for p in sizes]
-            axes.plot(sizes, bias, ":", color=_COLORS[name], label=f"{name}, bias")
+            axes.plot(sizes, bias, ":", color=ESTIMATORS[name].color, label=f"{name}, bias")
         axes.set_title(one.layer)
     last = panels[len(layers)]
     for one in outputs:
         power = "" if one.rate is None else f": p to the −{one.rate.value:.2f}"
-        last.plot(list(one.error), list(one.error.values()), "o-", color=_COLORS[one.estimator], markersize=4,
+        last.plot(list(one.error), list(one.error.values()), "o-", color=ESTIMATORS[one.estimator].color, markersize=4,
                   label=f"{one.estimator}{power}")  # fmt: skip
     last.set_title("end-to-end error of the output")
     last.legend(frameon=False, fontsize=8)
