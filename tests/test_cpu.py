@@ -16,7 +16,7 @@ import randbatch as rb
 from randbatch.kernels import BACKENDS, Problem
 from randbatch.kernels.cpu import build, calls, ops
 from randbatch.kernels.fused import Batches
-from randbatch.orthogonal import draw_rounds
+from randbatch.partition.orthogonal import draw_rounds
 
 PROBLEM = Problem(torch.device("cpu"), FP32, 16, 16, 0.25, need_lse=True)
 SHAPES = [  # N, p, D, Dv: padded and whole heads, parts of a tile of queries, several blocks of keys

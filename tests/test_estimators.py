@@ -15,7 +15,7 @@ from randbatch.estimators.mean_field import Moments, add_mean_field
 from randbatch.interactions import Options
 from randbatch.interactions.merge import log_kappa
 from randbatch.kernels import BACKENDS, Problem
-from randbatch.orthogonal import OrthogonalRounds, draw_rounds
+from randbatch.partition.orthogonal import OrthogonalRounds, draw_rounds
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 EXACT = {"rtol": 1e-11, "atol": 1e-12}

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import randbatch as rb
-from randbatch.orthogonal import OrthogonalRounds, all_rounds, count_rounds, draw_rounds
+from randbatch.partition.orthogonal import OrthogonalRounds, all_rounds, count_rounds, draw_rounds
 
 
 def meetings(parts: list[rb.Partition], num_tokens: int) -> Tensor:

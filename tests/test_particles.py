@@ -122,7 +122,7 @@ def by_loops(x: Tensor, force: RadialForce, weights: Tensor | None = None, speci
 def test_a_radial_force_is_the_sum_over_pairs(singular: bool, pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("randbatch.particles.interaction._PAIRS", pairs)  # all sets at once, some rows, one row
     monkeypatch.setattr("randbatch.particles.interaction._ROWS", 1)
-    monkeypatch.setattr("randbatch.particles.forces._FEW", 10)
+    monkeypatch.setattr("randbatch.particles.pair_forces._FEW", 10)
     x, weights, species = normal(3, 11, 2), normal(3, 11, seed=1).exp(), torch.arange(33).view(3, 11) % 2
     force = RadialForce(gauss, singular, strength=torch.tensor([[1.0, -2.0], [0.5, 3.0]], dtype=torch.float64))
     found = force_on_all(force, Sets(x, 11, weights, species))

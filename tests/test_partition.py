@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import randbatch as rb
 from randbatch._seeds import hash_positions, random_keys
-from randbatch.orthogonal import draw_rounds
 from randbatch.partition import Partition, fold_seed
+from randbatch.partition.orthogonal import draw_rounds
 
 
 def check_partition(part: rb.Partition, num_tokens: int, batch_size: int, graph: torch.Tensor | None = None) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from randbatch import _rows
-from randbatch._rows import take_rows
+from randbatch._rows import gather_rows
 from randbatch.kernels import cpu
 from randbatch.kernels.cpu import rows
 
@@ -16,9 +16,9 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool]
 
 
 @pytest.fixture(params=["torch", "compiled", "streamed"])
-def put_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def scatter_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     monkeypatch.setattr(rows, "_CACHED", 0 if request.param == "streamed" else 2**62)
-    return _rows.put_rows if request.param == "torch" else cpu.put_rows
+    return _rows.scatter_rows if request.param == "torch" else cpu.scatter_rows
 
 
 def bits(x: Tensor) -> list[int]:
@@ -29,7 +29,7 @@ def bits(x: Tensor) -> list[int]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offset", [0, 1])
 def test_rows_are_moved_as_they_are(
-    shape: tuple[int, ...], dtype: torch.dtype, offset: int, put_rows: Callable[..., None]
+    shape: tuple[int, ...], dtype: torch.dtype, offset: int, scatter_rows: Callable[..., None]
 ) -> None:
     """All bits, those of NaN too; whole tensors, and views that begin in the middle of one."""
     size = 11 * torch.Size(shape).numel()
@@ -39,20 +39,20 @@ def test_rows_are_moved_as_they_are(
     order = torch.tensor([7, 0, 3, 10])
     want = target.clone()
     want[order] = source[:4]
-    assert bits(take_rows(source, order)) == bits(source[order])
-    put_rows(target, order, source[:4])
+    assert bits(gather_rows(source, order)) == bits(source[order])
+    scatter_rows(target, order, source[:4])
     assert bits(target) == bits(want)
 
 
-def test_rows_of_a_view_with_strides(put_rows: Callable[..., None]) -> None:
+def test_rows_of_a_view_with_strides(scatter_rows: Callable[..., None]) -> None:
     source, target = torch.randn(8, 11).T, torch.zeros(8, 11).T
     order = torch.tensor([7, 0, 3])
-    put_rows(target, order, source[:3])
+    scatter_rows(target, order, source[:3])
     assert torch.equal(target[order], source[:3])
     assert target.count_nonzero() == 24
 
 
-def test_no_rows(put_rows: Callable[..., None]) -> None:
+def test_no_rows(scatter_rows: Callable[..., None]) -> None:
     target = torch.ones(3, 4)
-    put_rows(target, torch.empty(0, dtype=torch.int64), torch.empty(0, 4))
+    scatter_rows(target, torch.empty(0, dtype=torch.int64), torch.empty(0, 4))
     assert torch.equal(target, torch.ones(3, 4))

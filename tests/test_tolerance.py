@@ -11,7 +11,7 @@ import randbatch as rb
 from randbatch import tolerance as tolerance_module
 from randbatch.estimators import ESTIMATORS
 from randbatch.estimators.probe import AtTokens, Probe
-from randbatch.orthogonal import draw_rounds
+from randbatch.partition.orthogonal import draw_rounds
 
 
 def qkv(num_tokens: int, sharpness: float = 1.0, seed: int = 0, heads: int = 2, size: int = 8) -> tuple[Tensor, ...]:

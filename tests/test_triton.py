@@ -14,7 +14,7 @@ import randbatch as rb
 from randbatch.kernels import BACKENDS, Problem, pick_backend
 from randbatch.kernels.triton.ops import OPERATORS
 from randbatch.kernels.triton.tiles import backward_launches, forward_launches
-from randbatch.orthogonal import draw_rounds
+from randbatch.partition.orthogonal import draw_rounds
 
 pytest.importorskip("triton", reason="the Triton backend is tested where triton is installed")
 

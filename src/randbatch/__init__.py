@@ -11,8 +11,8 @@ from randbatch.conversion import ConversionReport, convert
 from randbatch.explanation import explain
 from randbatch.functional import full_attention, random_batch_attention, random_batch_interaction
 from randbatch.nn.inference import set_inference
-from randbatch.orthogonal import orthogonal_partitions
 from randbatch.partition import Partition, random_partition
+from randbatch.partition.orthogonal import orthogonal_partitions
 from randbatch.tolerance import RoundsChoice, choose_rounds
 
 __version__ = "0.1.0"

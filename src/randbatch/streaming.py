@@ -24,7 +24,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from randbatch._autograd import refuse_second_derivative, refuse_transforms
 from randbatch._memory import free_bytes
-from randbatch._rows import put_rows, take_rows
+from randbatch._rows import gather_rows, scatter_rows
 from randbatch._shapes import Int
 from randbatch.closure import Closure, mark
 from randbatch.partition import Partition
@@ -151,7 +151,7 @@ class Gradients:
 
     def rows(self, rows: Int[Tensor, " n"] | None) -> list[Tensor]:
         """The tokens of a chunk (None: all, in their order), to be differentiated by."""
-        taken = [x.detach() if rows is None else take_rows(x.detach(), rows) for x in self._tensors]
+        taken = [x.detach() if rows is None else gather_rows(x.detach(), rows) for x in self._tensors]
         return [x.requires_grad_() if need else x for x, need in zip(taken, self._of_tokens, strict=True)]
 
     def add(
@@ -207,7 +207,7 @@ class _Pieces:
             self.closure.prepare()
             for rows, piece in self.part.chunks(self.chunk_batches):
                 with torch.set_grad_enabled(wanted and out is None):
-                    own = [take_rows(x.detach(), rows).requires_grad_(x.requires_grad) for x in tensors]
+                    own = [gather_rows(x.detach(), rows).requires_grad_(x.requires_grad) for x in tensors]
                     since = mark() if wanted else 0
                     more = self.function(piece, *own)
                 if out is None:
@@ -215,7 +215,7 @@ class _Pieces:
                         self.closure.find([more], own, since)
                     out = more.new_empty(self.part.num_tokens, *more.shape[1:])
                 with torch.no_grad():
-                    put_rows(out, rows, more.detach().to(out.dtype))  # a module may depend on the mode of autograd
+                    scatter_rows(out, rows, more.detach().to(out.dtype))  # a module may depend on the mode of autograd
         assert out is not None  # there is at least one batch
         return out
 
@@ -240,7 +240,7 @@ class _Stream(torch.autograd.Function):
                 with torch.enable_grad():
                     inputs = totals.rows(rows)
                     out = job.function(piece, *inputs)
-                totals.add(rows, inputs, [out], [take_rows(grads[0], rows)], job.closure)
+                totals.add(rows, inputs, [out], [gather_rows(grads[0], rows)], job.closure)
         return None, *totals.all()
 
 

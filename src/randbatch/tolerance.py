@@ -17,9 +17,9 @@ from randbatch._seeds import fold_seed, random_keys
 from randbatch._shapes import Bool, Float, Int
 from randbatch.estimators import ESTIMATORS, Estimator
 from randbatch.estimators.probe import Probe, SetsOf, log_attention_of, rows_of
-from randbatch.orthogonal import all_rounds, count_rounds, draw_rounds, partitions_of
 from randbatch.partition import Partition, random_partition
-from randbatch.sets import largest_set, set_sizes
+from randbatch.partition.orthogonal import all_rounds, count_rounds, draw_rounds, partitions_of
+from randbatch.partition.sets import largest_set, set_sizes
 
 __all__ = ["RoundsChoice", "choose_rounds", "finite_tokens", "relative_error_bound", "sample_tokens"]
 

@@ -1,8 +1,8 @@
 """Instruments: how far random batches are from exact attention, and why."""
 
 from randbatch.analysis.errors import AttentionErrors, HeadErrors, LayerErrors, attention_error
-from randbatch.analysis.forces import LayerForce, OutputErrors, output_error, random_force
 from randbatch.analysis.plan import Plan, PlanRow, plan
+from randbatch.analysis.random_force import LayerForce, OutputErrors, output_error, random_force
 
 __all__ = [
     "AttentionErrors",

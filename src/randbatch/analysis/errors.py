@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from randbatch._checks import check_integer, check_positive
 from randbatch._shapes import Float, Int
+from randbatch.analysis.instrument import check_compared, measure_attention
 from randbatch.analysis.report import draw, tables
-from randbatch.analysis.watching import check_compared, measure_attention
 from randbatch.estimators import ESTIMATORS
 from randbatch.estimators.probe import Probe, SetsOf, log_attention_of
 from randbatch.partition import fold_seed, random_partition
-from randbatch.sets import largest_set
+from randbatch.partition.sets import largest_set
 from randbatch.tolerance import RoundsChoice, choose_rounds, finite_tokens, sample_tokens
 
 __all__ = ["AttentionErrors", "HeadErrors", "LayerErrors", "attention_error"]

@@ -143,14 +143,22 @@ def _objects_by_name(tyro: Any) -> Any:
         if len(kinds) != 1 or not kinds <= {Interaction, Estimator, Backend}:
             return None
         (kind,) = kinds
-        return tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1, metavar="NAME", instance_from_str=lambda words: words[0],
-            is_instance=lambda value: isinstance(value, (str, kind)),
-            str_from_instance=lambda value: [getattr(value, "name", value)],
-        )  # fmt: skip
+
+        def is_one(value: object) -> bool:
+            return isinstance(value, (str, kind))
+
+        return tyro.constructors.PrimitiveConstructorSpec(1, "NAME", _first, is_one, _name_of)
 
     registry.primitive_rule(by_name)
     return registry
+
+
+def _first(words: list[str]) -> str:
+    return words[0]
+
+
+def _name_of(value: Any) -> list[str]:
+    return [getattr(value, "name", value)]
 
 
 def _refusal(end: SystemExit) -> BaseException | None:

@@ -17,8 +17,8 @@ from randbatch._shapes import Bool, Int
 from randbatch.estimators import Estimator
 from randbatch.interactions import Interaction, Options
 from randbatch.interactions.rounds import Projections
-from randbatch.orthogonal import draw_rounds
 from randbatch.partition import Partition, Partitions, any_partition
+from randbatch.partition.orthogonal import draw_rounds
 from randbatch.streaming import ChunkBatches
 from randbatch.tolerance import RoundsChoice
 

@@ -33,7 +33,7 @@ _SETTINGS = (
 _TOKENS = "Tensor[] projected, Tensor[] parameters, Tensor? mask, Tensor? batch"
 _NUM_SETTINGS = 10
 _TAGS = (torch.Tag.nondeterministic_seeded,)
-# `turn`, a fresh empty tensor, keeps the calls of two layers apart, see `randbatch.tracing`
+# `turn`, a fresh empty tensor, keeps the calls of two layers apart, see `randbatch.partition.traced`
 torch.library.define(
     "randbatch::attend_opaquely", f"({_TOKENS}, Tensor turn, {_SETTINGS}) -> (Tensor, Tensor)", tags=_TAGS
 )

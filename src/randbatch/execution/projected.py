@@ -24,7 +24,7 @@ from randbatch._shapes import Float, Int
 from randbatch.execution.call import Call, LinearProjections
 from randbatch.execution.table import Strategy
 from randbatch.kernels import BACKENDS, Backend, Problem, pick_backend, resolve_backend
-from randbatch.kernels.cpu import put_rows
+from randbatch.kernels.cpu import scatter_rows
 from randbatch.partition import Partition
 
 __all__ = ["Projected", "batches_of_a_chunk"]
@@ -112,7 +112,7 @@ def _forward(
         projected = workspace.multiply("projected", workspace.take("x", x, rows), in_weight.mT, in_bias)
         query, key, value = how.split(projected, 3)
         out, lse = how.backend.forward(query, key, value, piece, how.problem)
-        put_rows(result, rows, workspace.multiply("result", out.flatten(1), out_weight.mT, out_bias))
+        scatter_rows(result, rows, workspace.multiply("result", out.flatten(1), out_weight.mT, out_bias))
         if saved is not None:
             saved += out, lse
     return result
@@ -169,7 +169,7 @@ class _Projected(torch.autograd.Function):
             of_heads = to_query, to_key, to_value
             how.backend.backward(of_out, query, key, value, out, lse, piece, how.problem, of_heads)
             if to_x is not None:
-                put_rows(to_x, rows, workspace.multiply("of_x", of_projected, in_weight))
+                scatter_rows(to_x, rows, workspace.multiply("of_x", of_projected, in_weight))
             _add(to_in, to_in_bias, of_projected, rows_of_x)
             _add(to_out, to_out_bias, of_result, out.flatten(1))
         return to_x, *totals, None

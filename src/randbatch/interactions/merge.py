@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from randbatch._numerics import wide_dtype
 from randbatch._shapes import Float, Int
 
 __all__ = ["Partial", "log_kappa"]
@@ -44,7 +45,8 @@ class Partial(NamedTuple):
     def weigh(self, log_weight: Float[Tensor, "*n _h"]) -> Partial:
         """Every weight times `exp(log_weight)`; `log_weight` broadcasts against `[N, H]`."""
         if self.log_norm is None:
-            return Partial(self.out * log_weight.exp().unsqueeze(-1).to(self.out.dtype), None)
+            wide = wide_dtype(self.out)
+            return Partial(self.out.to(wide) * log_weight.exp().unsqueeze(-1).to(wide), None)
         return Partial(self.out, self.log_norm + log_weight.to(self.log_norm.dtype))
 
 

@@ -40,7 +40,7 @@ class Pairwise(Interaction):
 
     def attend(self, block: Block, *projected: Float[Tensor, "m p h _"]) -> Float[Tensor, "m p h e"]:
         """All tokens of the batch, the token itself among them."""
-        return self._sum(block, projected, self._pair(block, projected)).out
+        return self._sum(block, projected, self._pair(block, projected)).out.to(projected[-1].dtype)
 
     def partial(self, block: Block, *projected: Float[Tensor, "m p h _"]) -> Partial:
         """All tokens of the batch but the token itself."""
@@ -66,12 +66,16 @@ class Pairwise(Interaction):
             return self.pair(block, *(x.to(wide) for x in projected[:-1]))
 
     def _sum(self, block: Block, projected: Sequence[Tensor], pair: Tensor) -> Partial:
+        """In at least fp32."""
         value = projected[-1]
         log_norm = None
         with torch.autocast(value.device.type, enabled=False):
             if self.kind is Kind.RATIO:
-                log_norm = pair.logsumexp(dim=-1)
-                # a row without any key has the weights 0, and no NaN
-                pair = (pair - log_norm.clamp(min=torch.finfo(pair.dtype).min).unsqueeze(-1)).exp()
+                # a row without any key has the weights 0, and no NaN in any derivative
+                empty = pair.detach().isneginf().all(dim=-1, keepdim=True)
+                pair = pair.masked_fill(empty, 0.0)
+                log_norm = pair.logsumexp(dim=-1, keepdim=True)
+                pair = (pair - log_norm).exp().masked_fill(empty, 0.0)
+                log_norm = log_norm.masked_fill(empty, -torch.inf).squeeze(-1)
             pair = F.dropout(pair, block.options.dropout_p)
-            return Partial(torch.einsum("mqhp,mphe->mqhe", pair, value.to(pair.dtype)).to(value.dtype), log_norm)
+            return Partial(torch.einsum("mqhp,mphe->mqhe", pair, value.to(pair.dtype)), log_norm)

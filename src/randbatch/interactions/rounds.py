@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from randbatch._autograd import is_transformed, pull_back, refuse_second_derivative
 from randbatch._numerics import wide_dtype
-from randbatch._rows import put_rows, take_rows
+from randbatch._rows import gather_rows, scatter_rows
 from randbatch._shapes import Float, Int, Shaped
 from randbatch.closure import Closure, mark
 from randbatch.interactions.base import Block, Interaction, Sets
@@ -147,7 +147,7 @@ Rows = Tensor | None
 
 
 def _take(x: Shaped[Tensor, "n ..."], rows: Rows) -> Tensor:
-    return x if rows is None else take_rows(x, rows)
+    return x if rows is None else gather_rows(x, rows)
 
 
 @dataclass
@@ -301,7 +301,7 @@ class _Running:
         assert self.partial is not None  # there is at least one batch
         weight = _log_weight(first, self._others, self._met, debias)
         kept = self.partial.out if self.partial.log_norm is None else self.partial.log_norm
-        weight = weight.to(kept.dtype)
+        weight = weight.to(wide_dtype(kept))
         self.partial = self.partial.weigh(weight)
         return weight
 
@@ -316,11 +316,11 @@ class _Running:
     def _write(self, rows: Tensor, more: Partial) -> None:
         assert self.partial is not None
         out, log_norm = self.partial
-        before = Partial(take_rows(out, rows), None if log_norm is None else take_rows(log_norm, rows))
+        before = Partial(gather_rows(out, rows), None if log_norm is None else gather_rows(log_norm, rows))
         merged = before.merge(more)
-        put_rows(out, rows, merged.out.to(out.dtype))
+        scatter_rows(out, rows, merged.out.to(out.dtype))
         if log_norm is not None and merged.log_norm is not None:
-            put_rows(log_norm, rows, merged.log_norm.to(log_norm.dtype))
+            scatter_rows(log_norm, rows, merged.log_norm.to(log_norm.dtype))
 
 
 def _merge(job: _Job) -> tuple[Partial, Tensor, torch.dtype]:

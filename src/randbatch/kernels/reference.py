@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from randbatch._shapes import Float
-from randbatch.kernels.blocks import in_blocks
+from randbatch.kernels.dense import in_blocks
 from randbatch.kernels.problem import Problem
 
 __all__ = ["BACKEND", "attend"]

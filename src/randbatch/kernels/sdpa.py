@@ -12,7 +12,7 @@ from torch import Tensor
 from randbatch._autograd import pull_back
 from randbatch._shapes import Float
 from randbatch.kernels import reference
-from randbatch.kernels.blocks import in_blocks
+from randbatch.kernels.dense import in_blocks
 from randbatch.kernels.problem import Problem
 
 __all__ = ["BACKEND", "attend", "is_linear_memory"]
@@ -55,8 +55,10 @@ def attend(
     value: Float[Tensor, "m p h dv"],
     problem: Problem,
     own_shift: Float[Tensor, "_ h"] | None = None,
-) -> tuple[Float[Tensor, "m q h dv"], None]:
+) -> tuple[Float[Tensor, "m q h dv"], Float[Tensor, "m q h"] | None]:
     """`softmax_j(scale · q_i·k_j) v_j` inside each batch."""
+    if problem.need_lse or problem.exclude_self:  # of which torch has no derivative
+        return reference.attend(query, key, value, problem, own_shift)
     if own_shift is not None and own_shift.shape[0] > 1:
         return _attend_by_shift(query, key, value, problem, own_shift), None
     if problem.device.type == "cuda" and query.shape[0] > _MAX_CUDA_BATCHES:

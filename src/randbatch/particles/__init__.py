@@ -9,7 +9,6 @@ torch.Size([1000, 2])
 
 from randbatch.particles.attention import SoftmaxAttention, UnnormalisedAttention
 from randbatch.particles.convergence import measure_convergence
-from randbatch.particles.forces import Alignment, LinearForce, PowerRepulsion, RadialForce
 from randbatch.particles.interaction import Interaction, Sets
 from randbatch.particles.metrics import (
     WeakError,
@@ -25,6 +24,7 @@ from randbatch.particles.metrics import (
     weak_error,
 )
 from randbatch.particles.noise import BrownianPath
+from randbatch.particles.pair_forces import Alignment, LinearForce, PowerRepulsion, RadialForce
 from randbatch.particles.rates import Convergence, Errors, Point, Rate
 from randbatch.particles.solver import Trajectory, solve
 from randbatch.particles.system import LAYER_NORM, SPHERE, Langevin, Manifold, MultiplicativeNoise, System

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from randbatch._checks import check_integer, check_positive
 from randbatch.particles.attention import SoftmaxAttention, UnnormalisedAttention
-from randbatch.particles.forces import Alignment, LinearForce, PowerRepulsion, RadialForce
+from randbatch.particles.pair_forces import Alignment, LinearForce, PowerRepulsion, RadialForce
 from randbatch.particles.system import LAYER_NORM, SPHERE, Langevin, MultiplicativeNoise, System
 
 __all__ = [

@@ -10,7 +10,7 @@ from typing import Any
 from randbatch._files import write_json, write_picture, write_text
 from randbatch._folders import check_names, locked
 from randbatch._optional import new_figure
-from randbatch.analysis.forces import LayerForce, OutputErrors, output_error, random_force
+from randbatch.analysis.random_force import LayerForce, OutputErrors, output_error, random_force
 from randbatch.cli.studies.report import csv_of
 from randbatch.estimators import ESTIMATORS
 from randbatch.train import load_run

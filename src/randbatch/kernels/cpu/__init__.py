@@ -10,11 +10,11 @@ import torch
 
 from randbatch._compiling import constant
 from randbatch.kernels.cpu import ops
-from randbatch.kernels.cpu.rows import put_rows
+from randbatch.kernels.cpu.rows import scatter_rows
 from randbatch.kernels.fused import fused
 from randbatch.kernels.problem import Problem
 
-__all__ = ["BACKEND", "put_rows"]
+__all__ = ["BACKEND", "scatter_rows"]
 
 _MAX_SIZE = 256
 

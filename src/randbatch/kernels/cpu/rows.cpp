@@ -26,7 +26,7 @@ void finish() {}
 }  // namespace
 
 // to[rows[i]] = from[i] for rows of so many bytes. No row may come twice. Whole lines of 64 bytes are streamed if wanted.
-extern "C" void put_rows(char* to, const char* from, const int64_t* rows, int64_t count, int64_t bytes, int64_t streaming,
+extern "C" void scatter_rows(char* to, const char* from, const int64_t* rows, int64_t count, int64_t bytes, int64_t streaming,
                          int64_t threads) {
   const bool streams = streaming && bytes % 64 == 0 && reinterpret_cast<uintptr_t>(to) % 64 == 0;
 #pragma omp parallel num_threads(threads)

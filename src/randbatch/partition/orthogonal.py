@@ -20,10 +20,12 @@ from torch import Tensor
 
 from randbatch._checks import check_batch_vector, check_integer
 from randbatch._remember import Remembered
+from randbatch._seeds import draw_seed, fold_seed
 from randbatch._shapes import Int
-from randbatch.partition import Partition, Partitions, by_size, draw_seed, fold_seed, out_of_inference, random_partition
-from randbatch.sets import set_sizes, shuffle_sets
-from randbatch.tracing import traced_partition
+from randbatch.partition.draw import by_size, out_of_inference, random_partition
+from randbatch.partition.partition import Partition, Partitions
+from randbatch.partition.sets import set_sizes, shuffle_sets
+from randbatch.partition.traced import traced_partition
 
 __all__ = [
     "OrthogonalRounds",

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from randbatch._seeds import draw_seed
 from randbatch._shapes import Int
-from randbatch.partition import UNTRACEABLE, Partition, balanced_groups
-from randbatch.sets import shuffle_sets
+from randbatch.partition.draw import UNTRACEABLE, balanced_groups
+from randbatch.partition.partition import Partition
+from randbatch.partition.sets import shuffle_sets
 
 __all__ = ["traced_partition"]
 

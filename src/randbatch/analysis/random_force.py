@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from randbatch._checks import check_integer
 from randbatch._errors import InvalidValue
 from randbatch._shapes import Float, Int
-from randbatch.analysis.watching import as_it_was, check_compared, measure_attention, progress_bar
+from randbatch.analysis.instrument import as_it_was, check_compared, measure_attention, progress_bar
 from randbatch.estimators import ESTIMATORS
 from randbatch.estimators.probe import Probe, SetsOf, log_attention_of, rows_of
 from randbatch.particles.rates import Rate, fit_with_interval, variance_factor
 from randbatch.partition import Partition, fold_seed, random_partition
-from randbatch.sets import largest_set
+from randbatch.partition.sets import largest_set
 from randbatch.tolerance import finite_tokens, sample_tokens
 
 __all__ = ["LayerForce", "OutputErrors", "output_error", "random_force"]
