@@ -27,7 +27,7 @@ def check(channels: int, heads: int, batch_size: int) -> None:
     """Nothing is timed before it is checked against the formula, batch by batch, gradients too."""
     layer = RandomBatchAttention(channels, heads, batch_size).eval()
     x = torch.randn(3 * batch_size, channels, requires_grad=True)
-    order = random_partition(len(x), batch_size, seed=layer.sampling.seed).order
+    order = random_partition(len(x), batch_size, seed=layer.randbatch_config.seed).order
 
     def formula(x: Tensor) -> Tensor:
         q, k, v = F.linear(x, layer.in_proj_weight, layer.in_proj_bias).unflatten(-1, (3, heads, -1)).unbind(1)
@@ -43,7 +43,7 @@ def check(channels: int, heads: int, batch_size: int) -> None:
     want = run(formula)
     torch.testing.assert_close(run(layer), want, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(run(lambda x: naive(layer, x, order)), want, rtol=1e-3, atol=1e-4)
-    layer.sampling.chunk_batches = 2
+    layer.randbatch_config.chunk_batches = 2
     torch.testing.assert_close(run(layer), want, rtol=1e-3, atol=1e-4)
 
 

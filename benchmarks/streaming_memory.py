@@ -32,7 +32,7 @@ def check(chunk: str, batch_size: int) -> None:
     layer = make(chunk, batch_size)
     x = torch.randn(3 * batch_size + 5, CHANNELS, requires_grad=True)
     for chunk_batches in (1, None):
-        layer.sampling.chunk_batches = chunk_batches
+        layer.randbatch_config.chunk_batches = chunk_batches
         torch.manual_seed(0)
         out = layer(x)
         results.append([out, *torch.autograd.grad(out.sin().sum(), [x, *layer.parameters()])])

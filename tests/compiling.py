@@ -172,7 +172,7 @@ def check_sizes() -> None:
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=False):
         for size, seed in ((52, 0), (60, 1), (61, 2), (44, 2**62 + 5), (7, 3)):
-            model.sampling.seed = seed
+            model.randbatch_config.seed = seed
             x = torch.randn(size, 16)
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
 

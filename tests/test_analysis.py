@@ -125,7 +125,7 @@ def test_a_module_is_looked_into_as_it_runs() -> None:
     q, k, v = (y.unflatten(1, (2, 8)) for y in torch.nn.functional.linear(x, layer.in_proj_weight).chunk(3, dim=1))
     found = attention_error(layer, x, batch_sizes=(16, 32))
     assert layer.training
-    assert layer.sampling.observer is None
+    assert layer.randbatch_config.observer is None
     direct = attention_error((q, k, v), batch_sizes=(16, 32))
     assert [row.layer for row in found.layers] == ["RandomBatchAttention"]
     for name in ESTIMATORS:
@@ -137,7 +137,7 @@ def test_looking_changes_no_output() -> None:
     layer, x = rb.nn.RandomBatchAttention(16, 2, 20).eval(), torch.randn(120, 16)
     want = layer(x)
     seen = []
-    layer.sampling.observer = lambda *tensors: seen.append(tensors)
+    layer.randbatch_config.observer = lambda *tensors: seen.append(tensors)
     torch.testing.assert_close(layer(x), want)
     assert len(seen) == 1
 
@@ -176,7 +176,7 @@ def test_a_model_that_fails_is_left_as_it_was() -> None:
     with pytest.raises(RuntimeError, match="no more"):
         attention_error(model, torch.randn(30, 8))
     assert model.training
-    assert model.attention.sampling.observer is None
+    assert model.attention.randbatch_config.observer is None
     copy.deepcopy(model)
 
 

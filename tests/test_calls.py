@@ -50,11 +50,13 @@ class Shared(nn.Module):
 
 def test_layers_made_by_hand_differ() -> None:
     layers = [rb.nn.RandomBatchAttention(16, 2, 8) for _ in range(3)] + [rb.nn.RandomBatch(nn.Identity(), 8)]
-    assert len({layer.sampling.seed for layer in layers}) == 4
+    assert len({layer.randbatch_config.seed for layer in layers}) == 4
 
 
 def test_the_same_program_has_the_same_seeds() -> None:
-    code = "import randbatch as rb; print([rb.nn.RandomBatchAttention(8, 2, 4).sampling.seed for _ in range(3)])"
+    code = (
+        "import randbatch as rb; print([rb.nn.RandomBatchAttention(8, 2, 4).randbatch_config.seed for _ in range(3)])"
+    )
     first, second = (
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
         for _ in range(2)
@@ -66,7 +68,7 @@ def test_deep_copies_are_told_apart_by_set_inference() -> None:
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
     rb.convert(layer, 8)
     model = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
-    assert len({each.self_attn.sampling.seed for each in model.layers}) == 1
+    assert len({each.self_attn.randbatch_config.seed for each in model.layers}) == 1
     with pytest.warns(UserWarning, match=r"set_inference\(model"):
         assert reached(model) == 8
     rb.set_inference(model)
@@ -75,7 +77,7 @@ def test_deep_copies_are_told_apart_by_set_inference() -> None:
 
 def test_comparing_copies_is_no_reason_to_warn() -> None:
     layer = rb.nn.RandomBatchAttention(16, 2, 8).eval()
-    twin = rb.nn.RandomBatchAttention(16, 2, 8, seed=layer.sampling.seed).eval()
+    twin = rb.nn.RandomBatchAttention(16, 2, 8, seed=layer.randbatch_config.seed).eval()
     x = torch.randn(64, 16)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

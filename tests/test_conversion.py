@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import randbatch as rb
 from randbatch.integrations.rules import Rule, add_rule
 from randbatch.nn import RandomBatchAttention, Sampling
+from randbatch.nn.sampling import sampling_of
 
 
 @pytest.mark.parametrize("cls", [HandWritten, Linear, CallsSDPA])
@@ -136,16 +137,16 @@ def test_state_dicts_go_both_ways() -> None:
 def test_converting_twice_changes_the_settings_only() -> None:
     model = nn.Sequential(encoder(), HandWritten())
     first = rb.convert(model, 4)
-    settings = [copy.copy(module.sampling) for module in model.modules() if hasattr(module, "sampling")]
+    settings = [copy.copy(found) for found in map(sampling_of, model.modules()) if found]
     classes = snapshot(model)
     again = rb.convert(model, 4)
     assert snapshot(model) == classes
-    assert [module.sampling for module in model.modules() if hasattr(module, "sampling")] == settings
+    assert [*filter(None, map(sampling_of, model.modules()))] == settings
     assert {row.rule for row in again.converted} == {"random batches already"}
     last = rb.convert(model, 8, rounds=2)
-    assert model[1].sampling == Sampling(8, rounds=2, seed=settings[-1].seed)
+    assert model[1].randbatch_config == Sampling(8, rounds=2, seed=settings[-1].seed)
     last.undo()
-    assert model[1].sampling == settings[-1]
+    assert model[1].randbatch_config == settings[-1]
     again.undo()
     first.undo()
     assert type(model[1]) is HandWritten
@@ -164,11 +165,11 @@ def test_a_shared_module_is_converted_once(monkeypatch: pytest.MonkeyPatch) -> N
 def test_each_module_has_its_own_eval_seed() -> None:
     model = encoder(layers=4)
     rb.convert(model, 4, seed=5)
-    seeds = [layer.self_attn.sampling.seed for layer in model.layers]
+    seeds = [layer.self_attn.randbatch_config.seed for layer in model.layers]
     assert len(set(seeds)) == 4
     other = encoder(layers=4)
     rb.convert(other, 4, seed=5)
-    assert [layer.self_attn.sampling.seed for layer in other.layers] == seeds
+    assert [layer.self_attn.randbatch_config.seed for layer in other.layers] == seeds
 
 
 @pytest.mark.parametrize("where", ["layers.1.*", lambda path, module: path.startswith("layers.1")])
@@ -191,8 +192,8 @@ def test_copies_are_converted_too(cls, copied) -> None:
     assert type(twin) is type(model)
     arguments = (torch.randn(13, 1, 16),) * (3 if isinstance(model, nn.MultiheadAttention) else 1)
     torch.testing.assert_close(twin(*arguments), model(*arguments), rtol=0, atol=0)
-    twin.sampling.batch_size = 9
-    assert model.sampling.batch_size == 4
+    twin.randbatch_config.batch_size = 9
+    assert model.randbatch_config.batch_size == 4
 
 
 class Mine(nn.MultiheadAttention):
@@ -314,7 +315,7 @@ def test_what_is_left_alone_is_named() -> None:
     assert "Crosses gives it queries that are not the tokens" in reasons.pop("crosses.attention")
     assert "Crosses gives it queries that are not the tokens" in reasons.pop("blocks.other.attention")
     assert not reasons
-    assert model["ours"].sampling.batch_size == model["wrapped"].sampling.batch_size == 4
+    assert model["ours"].randbatch_config.batch_size == model["wrapped"].randbatch_config.batch_size == 4
     text = str(report)
     assert "3 modules in random batches of 4" in text
     assert all(row.reason in text for row in report.left_alone)
@@ -390,19 +391,19 @@ def test_a_failure_leaves_the_model_as_it_was() -> None:
     assert snapshot(model) == before
 
 
-@pytest.mark.parametrize("name", ["sampling", "interaction"])
+@pytest.mark.parametrize("name", ["randbatch_config", "interaction"])
 @pytest.mark.parametrize("value", ["mine", Sampling(5)])
 def test_a_name_that_is_taken_is_left_to_its_owner(name: str, value: object) -> None:
     model = nn.Sequential(HandWritten(), HandWritten(), nn.MultiheadAttention(16, 4))
     for module in (model[1], model[2]):
         setattr(module, name, value)
     report = rb.convert(model, 4)
-    taken = ["1", "2"] if name == "sampling" else ["2"]  # the adapter needs no `interaction`
+    taken = ["1", "2"] if name == "randbatch_config" else ["2"]  # the adapter needs no `interaction`
     assert [row.path for row in report.left_alone] == taken
     assert all(f"it has an attribute `{name}` of its own" in row.reason for row in report.left_alone)
     report.undo()
     assert all(getattr(module, name) is value for module in (model[1], model[2]))
-    assert not hasattr(model[0], "sampling")
+    assert not hasattr(model[0], "randbatch_config")
 
 
 def test_undo_in_any_order_leaves_nothing_behind() -> None:

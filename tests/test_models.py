@@ -75,13 +75,13 @@ def test_off_sees_only_neighbours_and_attention_sees_all() -> None:
 
 def test_layers_have_partitions_of_their_own() -> None:
     model = GraphTransformer(F, K, layers=4)
-    assert len({layer.attention.sampling.seed for layer in model.layers}) == 4
-    assert [layer.attention.sampling.seed for layer in model.layers] == [
-        layer.attention.sampling.seed for layer in GraphTransformer(F, K, layers=4).layers
+    assert len({layer.attention.randbatch_config.seed for layer in model.layers}) == 4
+    assert [layer.attention.randbatch_config.seed for layer in model.layers] == [
+        layer.attention.randbatch_config.seed for layer in GraphTransformer(F, K, layers=4).layers
     ]
     assert (
-        model.layers[0].attention.sampling.seed
-        != GraphTransformer(F, K, layers=4, seed=1).layers[0].attention.sampling.seed
+        model.layers[0].attention.randbatch_config.seed
+        != GraphTransformer(F, K, layers=4, seed=1).layers[0].attention.randbatch_config.seed
     )
 
 

@@ -75,7 +75,7 @@ def test_random_batches_are_attention_in_each_batch() -> None:
     torchs, ours = pair(batch_size=8)
     ours.eval()
     x = torch.randn(29, 16, dtype=torch.float64)
-    part = rb.random_partition(29, 8, seed=ours.sampling.seed)
+    part = rb.random_partition(29, 8, seed=ours.randbatch_config.seed)
     want = torch.zeros_like(x)
     for row in range(part.index.shape[0]):
         tokens = part.index[row] if part.mask is None else part.index[row][part.mask[row]]
@@ -113,9 +113,9 @@ def test_train_draws_and_eval_is_fixed() -> None:
     ours.eval()
     assert torch.equal(ours(x), ours(x))
     assert torch.equal(ours(x), copy.deepcopy(ours)(x))
-    ours.sampling.seed = 1
+    ours.randbatch_config.seed = 1
     other = ours(x)
-    ours.sampling.seed = 0
+    ours.randbatch_config.seed = 0
     assert not torch.equal(ours(x), other)
 
 
@@ -126,9 +126,9 @@ def test_eval_rounds_and_dropout() -> None:
     exact.load_state_dict(ours.state_dict())
     ours.eval(), exact.eval()
     many = (ours(x) - exact(x)).norm()
-    ours.sampling.eval_rounds = 1
+    ours.randbatch_config.eval_rounds = 1
     assert many < 0.5 * (ours(x) - exact(x)).norm()
-    ours.sampling.batch_size = 64
+    ours.randbatch_config.batch_size = 64
     assert torch.allclose(ours(x), exact(x), atol=1e-6)  # no dropout in eval
     assert not torch.allclose(ours.train()(x), exact(x), atol=1e-3)
 
@@ -275,7 +275,7 @@ def test_wrapper_never_pads() -> None:
     x = torch.randn(29, 16, dtype=torch.float64)
     out = wrapped(x)
     assert module.shapes == [(1, 8, 16), (3, 7, 16)]
-    part = rb.random_partition(29, 8, seed=wrapped.sampling.seed)
+    part = rb.random_partition(29, 8, seed=wrapped.randbatch_config.seed)
     tokens = part.index[0]
     torch.testing.assert_close(out[tokens], module(x[tokens].unsqueeze(0)).squeeze(0), **FLOAT64)
     assert torch.equal(out, wrapped(x))

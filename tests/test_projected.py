@@ -42,13 +42,13 @@ def test_it_is_the_layer(
     x = torch.randn(num_tokens, 16, dtype=torch.float64)
     got = run(layer, x, batch=graphs)
     assert calls == [num_tokens]
-    layer.sampling.backend = "reference"
+    layer.randbatch_config.backend = "reference"
     want = run(layer, x, batch=graphs)
     assert calls == [num_tokens]
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     layer.float()
     plain = run(layer, x.float(), batch=graphs)
-    layer.sampling.backend = "auto"
+    layer.randbatch_config.backend = "auto"
     for ours, theirs, exact in zip(run(layer, x.float(), batch=graphs), plain, want, strict=True):
         floor = 4 * torch.finfo(torch.float32).eps * exact.norm()
         assert (ours - exact).norm() <= max(2 * (theirs - exact).norm(), floor)
@@ -95,7 +95,7 @@ def _parametrise(layer: rb.nn.RandomBatchAttention) -> None:
 
 
 def _debias(layer: rb.nn.RandomBatchAttention) -> None:
-    layer.sampling.estimator = "debiased"
+    layer.randbatch_config.estimator = "debiased"
 
 
 def _drop(layer: rb.nn.RandomBatchAttention) -> None:

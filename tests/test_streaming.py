@@ -75,7 +75,7 @@ def layers(**options) -> tuple[RandomBatchAttention, RandomBatchAttention]:
     for parameter in whole.parameters():
         nn.init.normal_(parameter, std=0.5)
     pieces = copy.deepcopy(whole)
-    pieces.sampling.chunk_batches = 2
+    pieces.randbatch_config.chunk_batches = 2
     return whole, pieces
 
 
@@ -206,7 +206,7 @@ def test_no_tokens() -> None:
     layer = RandomBatchAttention(16, 4, 8, chunk_batches=2)
     assert layer(torch.randn(0, 16)).shape == (0, 16)
     assert layer(torch.randn(1, 16)).shape == (1, 16)
-    layer.sampling.rounds = 3
+    layer.randbatch_config.rounds = 3
     assert layer(torch.randn(0, 16)).shape == (0, 16)
 
 
@@ -221,13 +221,13 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="chunk_batches must be None with estimator 'corrected'"):
         op(chunk_batches=2, estimator="corrected")
     layer = RandomBatchAttention(16, 4, 8, estimator="corrected")
-    layer.sampling.chunk_batches = 2
+    layer.randbatch_config.chunk_batches = 2
     with pytest.raises(ValueError, match="chunk_batches must be None with estimator 'corrected'"):
         layer(x)
     with pytest.raises(ValueError, match="chunk_batches must be None with several rounds of interaction 'linear'"):
         op(chunk_batches=2, interaction="linear", rounds=2)
     wrapped = RandomBatch(nn.Identity(), 8)
-    wrapped.sampling.chunk_batches = "auto"
+    wrapped.randbatch_config.chunk_batches = "auto"
     with pytest.raises(ValueError, match="chunk_batches must be an int or None here"):
         wrapped(x)
 

@@ -267,15 +267,15 @@ def test_modules_choose_their_rounds_in_eval() -> None:
     layer, x = attention(), 3 * torch.randn(400, 16)
     assert rb.set_inference(layer, tolerance=0.05) == 1
     out = layer(x)
-    choice = layer.sampling.chosen
+    choice = layer.randbatch_config.chosen
     assert choice is not None and choice.rounds > 1 and choice.error <= 0.05
     rb.set_inference(layer, rounds=choice.rounds)
     torch.testing.assert_close(layer(x), out)
-    assert layer.sampling.chosen is None
+    assert layer.randbatch_config.chosen is None
     rb.set_inference(layer, tolerance=0.05)
     layer.train()
     layer(x)
-    assert layer.sampling.chosen is None, "training draws what `rounds` says"
+    assert layer.randbatch_config.chosen is None, "training draws what `rounds` says"
 
 
 def test_converted_models_choose_their_rounds_layer_by_layer() -> None:
@@ -288,7 +288,7 @@ def test_converted_models_choose_their_rounds_layer_by_layer() -> None:
     rb.set_inference(model, tolerance=1e-9)
     out = model(x, src_key_padding_mask=padding)
     torch.testing.assert_close(out[~padding], want[~padding], rtol=1e-5, atol=1e-5)
-    chosen = [block.self_attn.sampling.chosen for block in model.layers]
+    chosen = [block.self_attn.randbatch_config.chosen for block in model.layers]
     assert all(choice.exact and 0 < choice.error < 1e-4 for choice in chosen)
 
 

@@ -24,7 +24,7 @@ from randbatch.integrations.rules import (
 from randbatch.integrations.sdpa import through_sdpa
 from randbatch.integrations.swap import Undo, bare_class
 from randbatch.nn.calls import assign_seeds
-from randbatch.nn.sampling import Sampling, sampling_of
+from randbatch.nn.sampling import ATTRIBUTE, Sampling, sampling_of
 
 __all__ = ["ConversionReport", "Convert", "Converted", "LeftAlone", "convert"]
 
@@ -317,16 +317,16 @@ class _Plan:
 
 
 def _change_settings(module: Any, sampling: Sampling) -> Undo:
-    before: Sampling = module.sampling
+    before: Sampling = getattr(module, ATTRIBUTE)
     rule = rule_of_swapped(module)
     undo_more = None if rule is None or rule.again is None else rule.again(module, sampling)
-    module.sampling = sampling
+    setattr(module, ATTRIBUTE, sampling)
 
     def undo() -> None:
         if undo_more is not None:
             undo_more()
         if sampling_of(module) is sampling:  # else the conversion itself, or a later call, was undone otherwise
-            module.sampling = before
+            setattr(module, ATTRIBUTE, before)
 
     return undo
 

@@ -35,6 +35,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 import randbatch as rb
 from randbatch.nn import Sampling
+from randbatch.nn.sampling import sampling_of
 
 ONE_BATCH = 10**6
 SECONDS = 40
@@ -210,12 +211,12 @@ def judge(model: Any, inputs: dict[str, Tensor]) -> tuple[str, list[str]]:
         if "was left alone" not in text:
             return "none", [text]
         return "left", sorted({line.strip() for line in text.splitlines()[2:]})
-    samplings = {id(module.sampling): path for path, module in converted.named_modules() if hasattr(module, "sampling")}
+    samplings = {id(found): path for path, module in converted.named_modules() if (found := sampling_of(module))}
     drawn: set[int] = set()
     entered: set[int] = set()
     for module in converted.modules():
-        if hasattr(module, "sampling"):
-            module.register_forward_pre_hook(lambda module, _: entered.add(id(getattr(module, "sampling", None))))
+        if sampling_of(module):
+            module.register_forward_pre_hook(lambda module, _: entered.add(id(sampling_of(module))))
     draw = Sampling.draw
 
     def counted(self: Sampling, *args: Any, **kwargs: Any) -> Any:

@@ -28,7 +28,7 @@ def naive(
     Projection, `index_select` of query, key and value, `scaled_dot_product_attention`, `index_copy`, projection.
     """
     num_tokens, channels = x.shape
-    size, heads = layer.sampling.batch_size, layer.num_heads
+    size, heads = layer.randbatch_config.batch_size, layer.num_heads
     order = random_partition(num_tokens, size, seed=1, device=x.device).order if order is None else order
     projected = F.linear(x, layer.in_proj_weight, layer.in_proj_bias).unflatten(-1, (3, heads, -1)).unbind(1)
     q, k, v = (t.index_select(0, order).unflatten(0, (-1, size)).transpose(1, 2) for t in projected)

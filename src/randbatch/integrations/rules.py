@@ -8,6 +8,7 @@ so parameters, buffers, hooks, keys and `isinstance` are what they were.
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from randbatch._shapes import Bool, Int, Shaped
 from randbatch.integrations.arguments import Other, other_tokens
 from randbatch.integrations.swap import Undo, bare_class, set_attributes, set_class, why_taken
+from randbatch.nn import former
 from randbatch.nn.opaque import attend_opaquely, is_opaque
-from randbatch.nn.sampling import Sampling, apply_in_batches, attend_in_batches, sampling_of
+from randbatch.nn.sampling import ATTRIBUTE, Sampling, apply_in_batches, attend_in_batches, sampling_of
 
 __all__ = [
     "Adapter",
@@ -70,7 +72,7 @@ class Rule:
     swap: Callable[[nn.Module, Sampling], Undo]
     why_not: Callable[[nn.Module, Ancestors], str | None] = _takes_all
     around: Callable[[nn.Module], Iterable[nn.Module]] | None = None
-    attributes: tuple[str, ...] = ("sampling",)
+    attributes: tuple[str, ...] = (ATTRIBUTE,)
     any_forward: bool = False
     again: Callable[[nn.Module, Sampling], Undo] | None = None
 
@@ -112,7 +114,7 @@ class RandomBatches:
         Returns:
             The shape of `value`; zeros where there is no token.
         """
-        sampling: Any = self._module.sampling
+        sampling: Any = getattr(self._module, ATTRIBUTE)
         several_sets = mask is not None or batch is not None or (query.dim() == 4 and query.shape[0] > 1)
         opaque = is_opaque(sampling, self._module.training, several_sets=several_sets)
         return (attend_opaquely if opaque else attend_in_batches)(
@@ -138,7 +140,7 @@ class RandomBatches:
         Returns:
             `[N, C']` or `[B, N, C']`; zeros where there is no token.
         """
-        sampling: Any = self._module.sampling
+        sampling: Any = getattr(self._module, ATTRIBUTE)
         return apply_in_batches(
             sampling,
             self._module.training,
@@ -250,6 +252,8 @@ def make_subclass(
         _, _, *state = original.__reduce_ex__(module, protocol)
         return _new, (remake, original), *state
 
+    named = inspect.getattr_static(original, former.NAME, former.FormerName())  # the user's, if there is one
+    namespace = {former.NAME: named, **namespace}
     own = {"__doc__": original.__doc__, "__module__": original.__module__, "__reduce_ex__": reduce}
     metaclass: Any = type(original)
     return metaclass(f"RandomBatch{original.__name__}", bases, {**own, "_random_batch_original": original, **namespace})
@@ -269,7 +273,7 @@ def swap_class(module: nn.Module) -> Undo:
 
 def swap_module(module: nn.Module, sampling: Sampling) -> Undo:
     """Give the module the registered forward and its sampling, in place."""
-    undo_attributes = set_attributes(module, sampling=sampling)
+    undo_attributes = set_attributes(module, **{ATTRIBUTE: sampling})
     undo_class = swap_class(module)
 
     def undo() -> None:

@@ -11,7 +11,7 @@ from randbatch.integrations.arguments import is_cross_by_name, why_not_itself
 from randbatch.integrations.rules import Ancestors, Rule, Undo, add_rule, make_subclass
 from randbatch.integrations.swap import bare_class, set_attributes, set_class
 from randbatch.nn.attention import RandomBatchAttention, no_fast_path
-from randbatch.nn.sampling import Sampling
+from randbatch.nn.sampling import ATTRIBUTE, Sampling
 
 __all__: list[str] = []
 
@@ -38,7 +38,7 @@ def _subclass(original: type[Any]) -> type[nn.Module]:
 
 
 def _swap(module: nn.Module, sampling: Sampling) -> Undo:
-    undo_attributes = set_attributes(module, sampling=sampling, interaction="softmax")
+    undo_attributes = set_attributes(module, interaction="softmax", **{ATTRIBUTE: sampling})
     undo_class = set_class(module, _subclass(bare_class(module)))
     hook = module.register_forward_pre_hook(no_fast_path)
 
@@ -68,7 +68,7 @@ add_rule(
         "a token attends to its random batch; weights, causal masks and masks between tokens are refused when called",
         _swap,
         _why_not,
-        attributes=("sampling", "interaction"),
+        attributes=(ATTRIBUTE, "interaction"),
     ),
 )
 add_rule(

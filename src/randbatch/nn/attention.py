@@ -23,6 +23,7 @@ from randbatch.interactions import INTERACTIONS, Options
 from randbatch.kernels import Problem, pick_backend
 from randbatch.nn._sets import PaddedSets, kept_where_zero
 from randbatch.nn.calls import next_seed
+from randbatch.nn.former import FormerName
 from randbatch.nn.opaque import attend_opaquely, is_opaque
 from randbatch.nn.projected import attend_projected
 from randbatch.nn.sampling import Sampling, attend_in_batches
@@ -39,7 +40,7 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
     every call draws a fresh partition from torch's default CPU generator; in eval the partition depends on `seed`
     alone, so that predictions are deterministic.
 
-    The attribute `sampling` (a `randbatch.nn.Sampling`) holds `batch_size` to `seed`; change them there.
+    The attribute `randbatch_config` (a `randbatch.nn.Sampling`) holds `batch_size` to `seed`; change them there.
 
     A subclass of `torch.nn.MultiheadAttention`: parameters, initialisation and `state_dict` are the same, both ways.
 
@@ -80,6 +81,8 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
         torch.Size([2, 500, 64])
     """
 
+    sampling = FormerName()
+
     def __init__(
         self,
         embed_dim: int,
@@ -107,7 +110,9 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
         super().__init__(embed_dim, num_heads, dropout, bias, batch_first=batch_first, device=device, dtype=dtype)
         self.interaction = check_choice("interaction", interaction, INTERACTIONS)
         seed = next_seed() if seed is None else seed
-        self.sampling = Sampling(batch_size, estimator, rounds, eval_rounds, backend, seed, chunk_batches=chunk_batches)
+        self.randbatch_config = Sampling(
+            batch_size, estimator, rounds, eval_rounds, backend, seed, chunk_batches=chunk_batches
+        )
         # TransformerEncoderLayer's fast path reads the weights and never calls forward; a hook turns it off.
         self.register_forward_pre_hook(no_fast_path)
 
@@ -219,7 +224,7 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
         value: Float[Tensor, "n c"],
         batch: Int[Tensor, " n"] | None,
     ) -> Float[Tensor, "n c"]:
-        sampling = self.sampling
+        sampling = self.randbatch_config
         if self._is_opaque(query, batch is not None):
             return self._attend_opaquely(query, key, value, None, batch)
         if self.interaction == "softmax" and sampling.wants_tokens(self.training):
@@ -244,7 +249,7 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
 
     def _is_opaque(self, x: Tensor, several_sets: bool) -> bool:
         return is_opaque(
-            self.sampling,
+            self.randbatch_config,
             self.training,
             several_sets=several_sets,
             interaction=self.interaction,
@@ -262,7 +267,7 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
             and x.dtype in (torch.float32, torch.float64)
             and x.shape[0] > 0
             and self.interaction == "softmax"
-            and self.sampling.estimator == "plain"
+            and self.randbatch_config.estimator == "plain"
             and options.dropout_p == 0
             and options.backend != "reference"
             and type(last) is NonDynamicallyQuantizableLinear  # neither replaced nor parametrised
@@ -289,7 +294,7 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
             query, key, value = _map_distinct(lambda x: torch.where(keep, x, 0), query, key, value)
         q, k, v = self._project(query, key, value)
         out = attend_opaquely(
-            self.sampling,
+            self.randbatch_config,
             self.training,
             q,
             k,
@@ -318,7 +323,7 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
             finish=lambda out: self.out_proj(out.flatten(1)),
             owner=self,
         )
-        sampling = self.sampling
+        sampling = self.randbatch_config
         return estimate_in_pieces(
             pipeline, rounds, sampling.estimator, self.interaction, options, sampling.chunk_batches, self.num_heads
         )
@@ -338,7 +343,7 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
 
     def extra_repr(self) -> str:
         """What `print(module)` shows."""
-        return self.sampling.describe()
+        return self.randbatch_config.describe()
 
 
 def _map_distinct(

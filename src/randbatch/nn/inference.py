@@ -27,8 +27,8 @@ def set_inference(
             batches, `rounds` partitions per layer.
         rounds: R >= 1, for `"rounds"` only. Default: 1.
         tolerance: relative error > 0, for `"rounds"` only and instead of `rounds`: every softmax attention takes as
-            many rounds as keep its own error below it (see `choose_rounds`), and says so in `module.sampling.chosen`.
-            Errors of layers add up on their way to the output.
+            many rounds as keep its own error below it (see `choose_rounds`), and says so in
+            `module.randbatch_config.chosen`. Errors of layers add up on their way to the output.
         seed: the partitions of eval; each module derives its own from its path, and each further call of a module in
             one forward of the model another, so that layers do not share their batches.
 

@@ -35,14 +35,17 @@ from randbatch.streaming import ChunkBatches, stream
 from randbatch.tolerance import RoundsChoice, choose_rounds
 from randbatch.tracing import UNTRACEABLE
 
-__all__ = ["Sampling", "apply_in_batches", "attend_in_batches", "sampling_of"]
+__all__ = ["ATTRIBUTE", "Sampling", "apply_in_batches", "attend_in_batches", "sampling_of"]
+
+ATTRIBUTE = "randbatch_config"
+"""Where a module holds its `Sampling`, whether it is ours or was converted: a name that no user's module has."""
 
 Observer = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], None]
 
 
 @dataclass
 class Sampling:
-    """How a module draws its random batches: the attribute `sampling` of every module that has some.
+    """How a module draws its random batches: the attribute `randbatch_config` of every module that has some.
 
     The fields may be changed at any time, and the next call follows them. In training every call draws fresh
     partitions from torch's default CPU generator; in eval they depend on `seed` alone.
@@ -133,7 +136,7 @@ class Sampling:
         if self.tolerance is not None and not training and not exact:
             raise ValueError(
                 "tolerance is for softmax attention, whose error is known; give set_inference `rounds` instead, or set "
-                "`sampling.tolerance` of this module to None"
+                "`randbatch_config.tolerance` of this module to None"
             )
         return draw_rounds(
             num_tokens,
@@ -289,5 +292,5 @@ def _apply(function: Callable[[Tensor], Tensor], x: Tensor, part: Partition) -> 
 
 def sampling_of(module: nn.Module) -> Sampling | None:
     """How `module` draws its random batches; None if it has none."""
-    sampling = getattr(module, "sampling", None)
+    sampling = getattr(module, ATTRIBUTE, None)
     return sampling if isinstance(sampling, Sampling) else None

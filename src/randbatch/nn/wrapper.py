@@ -8,6 +8,7 @@ from torch import Tensor
 from randbatch._checks import check_integer
 from randbatch._shapes import Bool, Float, Int
 from randbatch.nn.calls import next_seed
+from randbatch.nn.former import FormerName
 from randbatch.nn.sampling import Sampling, apply_in_batches
 
 __all__ = ["RandomBatch"]
@@ -45,6 +46,8 @@ class RandomBatch(torch.nn.Module):
         torch.Size([1000, 32])
     """
 
+    sampling = FormerName()
+
     def __init__(
         self,
         module: torch.nn.Module,
@@ -60,9 +63,9 @@ class RandomBatch(torch.nn.Module):
             raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
         self.module = module
         seed = next_seed() if seed is None else seed
-        self.sampling = Sampling(batch_size, rounds=rounds, eval_rounds=eval_rounds, seed=seed)
+        self.randbatch_config = Sampling(batch_size, rounds=rounds, eval_rounds=eval_rounds, seed=seed)
         if chunk_batches is not None:
-            self.sampling.chunk_batches = check_integer("chunk_batches", chunk_batches, 1)
+            self.randbatch_config.chunk_batches = check_integer("chunk_batches", chunk_batches, 1)
 
     def forward(
         self,
@@ -85,8 +88,8 @@ class RandomBatch(torch.nn.Module):
             TypeError: `mask` is not bool or `batch` not an integer vector.
             ValueError: shapes that do not fit, or an output of the module that is not `[B, N, C']`.
         """
-        return apply_in_batches(self.sampling, self.training, self.module, x, mask, batch, owner=self)
+        return apply_in_batches(self.randbatch_config, self.training, self.module, x, mask, batch, owner=self)
 
     def extra_repr(self) -> str:
         """What `print(module)` shows."""
-        return self.sampling.describe()
+        return self.randbatch_config.describe()
