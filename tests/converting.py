@@ -154,13 +154,13 @@ class CallsSDPA(nn.Module):
 
 
 @rb.convert.register(HandWritten)
-def _attend(module: HandWritten, batches: rb.integrations.RandomBatches, x: Tensor) -> Tensor:
+def _attend(module: HandWritten, batches: rb.conversion.RandomBatches, x: Tensor) -> Tensor:
     q, k, v = (f(x).unflatten(-1, (4, 4)) for f in (module.q, module.k, module.v))
     return module.out(batches.attend(q, k, v).flatten(-2))
 
 
 @rb.convert.register(Linear)
-def _apply(module: Linear, batches: rb.integrations.RandomBatches, x: Tensor, mask: Tensor | None = None) -> Tensor:
+def _apply(module: Linear, batches: rb.conversion.RandomBatches, x: Tensor, mask: Tensor | None = None) -> Tensor:
     return batches.apply(batches.forward, x, mask=mask)
 
 

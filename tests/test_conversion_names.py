@@ -162,7 +162,7 @@ class Untouched(nn.Module):
 
 
 @rb.convert.register(Untouched)
-def _attend(module: Untouched, batches: rb.integrations.RandomBatches, x: Tensor) -> Tensor:
+def _attend(module: Untouched, batches: rb.conversion.RandomBatches, x: Tensor) -> Tensor:
     return batches.attend(*(3 * [x.unsqueeze(2)]), scale=1.0).squeeze(2)
 
 

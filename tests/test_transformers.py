@@ -13,8 +13,8 @@ from scripts.sweep_transformers import CONFIG_MAPPING, judge, make
 from torch import Tensor, nn
 
 import randbatch as rb
-from randbatch.integrations import hf
-from randbatch.integrations.hf_interface import attend
+from randbatch.conversion import hf
+from randbatch.conversion.libraries.hf_interface import attend
 from randbatch.nn import Sampling
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}

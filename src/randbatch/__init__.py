@@ -6,7 +6,7 @@
 torch.Size([100000, 4, 16])
 """
 
-from randbatch import analysis, integrations, models, nn, particles
+from randbatch import analysis, conversion, integrations, models, nn, particles
 from randbatch.conversion import ConversionReport, convert
 from randbatch.functional import full_attention, random_batch_attention
 from randbatch.nn.inference import set_inference
@@ -23,6 +23,7 @@ __all__ = [
     "__version__",
     "analysis",
     "choose_rounds",
+    "conversion",
     "convert",
     "full_attention",
     "integrations",

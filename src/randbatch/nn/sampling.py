@@ -5,9 +5,10 @@ Shape letters: N tokens, B padded sets, H heads, D head size of query and key, D
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from randbatch._checks import (
     check_positive,
     check_qkv,
 )
+from randbatch._errors import InvalidType
 from randbatch._numerics import as_autocast, check_tensor, has_no_numbers
 from randbatch._shapes import Bool, Int, Shaped
 from randbatch.estimators import ESTIMATORS
@@ -35,7 +37,7 @@ from randbatch.streaming import ChunkBatches, stream
 from randbatch.tolerance import RoundsChoice, choose_rounds
 from randbatch.tracing import UNTRACEABLE
 
-__all__ = ["ATTRIBUTE", "Sampling", "apply_in_batches", "attend_in_batches", "sampling_of"]
+__all__ = ["ATTRIBUTE", "Sampling", "apply_in_batches", "attend_in_batches", "sampling_of", "settings_from"]
 
 ATTRIBUTE = "randbatch_config"
 """Where a module holds its `Sampling`, whether it is ours or was converted: a name that no user's module has."""
@@ -294,3 +296,17 @@ def sampling_of(module: nn.Module) -> Sampling | None:
     """How `module` draws its random batches; None if it has none."""
     sampling = getattr(module, ATTRIBUTE, None)
     return sampling if isinstance(sampling, Sampling) else None
+
+
+def settings_from(batch_size: int | Sampling, options: Mapping[str, Any]) -> Sampling:
+    """The settings with these `options`, which are fields of `Sampling`; `batch_size` may be settings as a whole.
+
+    Raises:
+        TypeError: there is no such option, or one has the wrong type.
+        ValueError: a number out of range or an unknown name.
+    """
+    taken = [each.name for each in fields(Sampling) if each.init and each.name != "batch_size"]
+    unknown = next((name for name in options if name not in taken), None)
+    if unknown is not None:
+        raise InvalidType(f"unexpected option {unknown!r}; the options of random batches are {', '.join(taken)}")
+    return replace(batch_size, **options) if isinstance(batch_size, Sampling) else Sampling(batch_size, **options)
