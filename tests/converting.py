@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import randbatch as rb
-from randbatch.nn import Sampling
-from randbatch.nn.config import sampling_of
+from randbatch.nn import RandomBatchConfig
+from randbatch.nn.config import config_of
 
 ONE_BATCH = 10**6
 FLOAT64 = {"rtol": 1e-10, "atol": 1e-10}
@@ -21,13 +21,13 @@ class Calls:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        draw = Sampling.draw
+        draw = RandomBatchConfig.draw
 
         def counted(*args, **kwargs):
             self.count += 1
             return draw(*args, **kwargs)
 
-        monkeypatch.setattr(Sampling, "draw", counted)
+        monkeypatch.setattr(RandomBatchConfig, "draw", counted)
 
 
 def outputs_and_gradients(model: nn.Module, call: Callable[[nn.Module], Tensor], grad: bool) -> list[Tensor]:
@@ -88,7 +88,7 @@ def _check_float32(original: nn.Module, call, want: list[Tensor], training: bool
     model = copy.deepcopy(original).float().train(training)
     rb.convert(model, ONE_BATCH)
     formula = copy.deepcopy(model)
-    for sampling in filter(None, map(sampling_of, formula.modules())):
+    for sampling in filter(None, map(config_of, formula.modules())):
         sampling.backend = "reference"
     theirs, ours, plain_ones = (outputs_and_gradients(m, call, grad) for m in (reference, model, formula))
     noise = torch.finfo(torch.float32).eps * max(exact.norm() for exact in want)
@@ -154,13 +154,13 @@ class CallsSDPA(nn.Module):
 
 
 @rb.convert.register(HandWritten)
-def _attend(module: HandWritten, batches: rb.integrations.RandomBatches, x: Tensor) -> Tensor:
+def _attend(module: HandWritten, batches: rb.conversion.RandomBatches, x: Tensor) -> Tensor:
     q, k, v = (f(x).unflatten(-1, (4, 4)) for f in (module.q, module.k, module.v))
     return module.out(batches.attend(q, k, v).flatten(-2))
 
 
 @rb.convert.register(Linear)
-def _apply(module: Linear, batches: rb.integrations.RandomBatches, x: Tensor, mask: Tensor | None = None) -> Tensor:
+def _apply(module: Linear, batches: rb.conversion.RandomBatches, x: Tensor, mask: Tensor | None = None) -> Tensor:
     return batches.apply(batches.forward, x, mask=mask)
 
 

@@ -12,8 +12,9 @@ from converting import FLOAT64, ONE_BATCH, PADDING, Calls, CallsSDPA, HandWritte
 from torch import Tensor, nn
 
 import randbatch as rb
-from randbatch.integrations.rules import Rule, add_rule
-from randbatch.nn import RandomBatchAttention, Sampling
+from randbatch.conversion.rules import REGISTRY, Rule
+from randbatch.nn import RandomBatchAttention, RandomBatchConfig
+from randbatch.nn.config import config_of
 
 
 @pytest.mark.parametrize("cls", [HandWritten, Linear, CallsSDPA])
@@ -136,14 +137,14 @@ def test_state_dicts_go_both_ways() -> None:
 def test_converting_twice_changes_the_settings_only() -> None:
     model = nn.Sequential(encoder(), HandWritten())
     first = rb.convert(model, 4)
-    settings = [copy.copy(module.randbatch_config) for module in model.modules() if hasattr(module, "sampling")]
+    settings = [copy.copy(found) for found in map(config_of, model.modules()) if found]
     classes = snapshot(model)
     again = rb.convert(model, 4)
     assert snapshot(model) == classes
-    assert [module.randbatch_config for module in model.modules() if hasattr(module, "sampling")] == settings
+    assert [*filter(None, map(config_of, model.modules()))] == settings
     assert {row.rule for row in again.converted} == {"random batches already"}
     last = rb.convert(model, 8, rounds=2)
-    assert model[1].randbatch_config == Sampling(8, rounds=2, seed=settings[-1].seed)
+    assert model[1].randbatch_config == RandomBatchConfig(8, rounds=2, seed=settings[-1].seed)
     last.undo()
     assert model[1].randbatch_config == settings[-1]
     again.undo()
@@ -202,70 +203,6 @@ class Mine(nn.MultiheadAttention):
         return 7
 
 
-class Theirs(nn.MultiheadAttention):
-    """A subclass with a forward of its own."""
-
-    def forward(self, *arguments, **options):
-        return super().forward(*arguments, **options)
-
-
-class Holds(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(16, 4)
-        self.norm = nn.LayerNorm(16)
-
-
-class Decodes(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.cross_attn = nn.MultiheadAttention(16, 4)
-
-
-class Probes(Holds):
-    def __init__(self) -> None:
-        super().__init__()
-        self.probe = nn.Parameter(torch.randn(1, 1, 16))
-
-    def forward(self, x: Tensor) -> Tensor:
-        probe = self.probe.expand(1, x.shape[1], 16)
-        x = self.norm(x)
-        return self.attention(probe, x, x)[0]
-
-
-class Weighs(Holds):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.attention(x, x, x, need_weights=True)[1]
-
-
-class Crosses(Holds):
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        y = self.norm(y)
-        return self.attention(x, y, y)[0]
-
-
-class Blocks(nn.Module):
-    """One block is given one set twice, the other one two sets."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.same, self.other = Crosses(), Crosses()
-        self.seeds = nn.Parameter(torch.randn(9, 1, 16))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.other(self.seeds, self.same(x, x))
-
-
-class LooksLikeAttention(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
-class HiddenSDPA(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(x, x, x)
-
-
 def test_a_subclass_keeps_its_methods(monkeypatch: pytest.MonkeyPatch) -> None:
     def call(model: nn.Module) -> Tensor:
         assert model.helper() == 7
@@ -273,69 +210,6 @@ def test_a_subclass_keeps_its_methods(monkeypatch: pytest.MonkeyPatch) -> None:
         return model(x, x, x, need_weights=False)[0]
 
     check(monkeypatch, lambda: Mine(16, 4, batch_first=True), call, modules=1, batch_size=3)
-
-
-def test_what_is_left_alone_is_named() -> None:
-    replaced = nn.MultiheadAttention(16, 4)
-    replaced.forward = lambda *arguments, **options: None
-    model = nn.ModuleDict(
-        {
-            "ours": RandomBatchAttention(16, 4, 5),
-            "theirs": Theirs(16, 4),
-            "looks": LooksLikeAttention(),
-            "hidden": HiddenSDPA(),
-            "cross": nn.MultiheadAttention(16, 4, kdim=8),
-            "extra": nn.MultiheadAttention(16, 4, add_bias_kv=True),
-            "replaced": replaced,
-            "decoder": nn.TransformerDecoderLayer(16, 4),
-            "wrapped": rb.nn.RandomBatch(nn.TransformerEncoderLayer(16, 4), 5),
-            "decodes": Decodes(),
-            "probes": Probes(),
-            "weighs": Weighs(),
-            "crosses": Crosses(),
-            "blocks": Blocks(),
-            "other": nn.Linear(3, 3),
-        }
-    )
-    report = rb.convert(model, 4)
-    assert [row.path for row in report.converted] == ["ours", "wrapped", "blocks.same.attention"]
-    reasons = {row.path: row.reason for row in report.left_alone}
-    assert "overrides the forward of MultiheadAttention" in reasons.pop("theirs")
-    assert "rb.convert.register(LooksLikeAttention)" in reasons.pop("looks")
-    assert "rb.convert.register(HiddenSDPA)" in reasons.pop("hidden")
-    assert "kdim 8" in reasons.pop("cross")
-    assert "add_bias_kv" in reasons.pop("extra")
-    assert "replaced on the instance" in reasons.pop("replaced")
-    assert "decoder layer" in reasons.pop("decoder.self_attn")
-    assert "decoder layer" in reasons.pop("decoder.multihead_attn")
-    assert "its name says that it is cross-attention" in reasons.pop("decodes.cross_attn")
-    assert "Probes gives it queries that are not the tokens" in reasons.pop("probes.attention")
-    assert "Weighs asks it for weights" in reasons.pop("weighs.attention")
-    assert "Crosses gives it queries that are not the tokens" in reasons.pop("crosses.attention")
-    assert "Crosses gives it queries that are not the tokens" in reasons.pop("blocks.other.attention")
-    assert not reasons
-    assert model["ours"].randbatch_config.batch_size == model["wrapped"].randbatch_config.batch_size == 4
-    text = str(report)
-    assert "3 modules in random batches of 4" in text
-    assert all(row.reason in text for row in report.left_alone)
-
-
-def test_where_reaches_inside_what_it_leaves_out() -> None:
-    class Outer(HandWritten):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.MultiheadAttention(16, 4)
-
-    model = nn.Sequential(Outer(), rb.nn.RandomBatch(encoder(), 5))
-    report = rb.convert(model, 4, where="0.inner")
-    assert [row.path for row in report.converted] == ["0.inner"]
-    assert [row.path for row in report.left_alone] == ["0", "1"]
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit")
-def test_scripted_modules_are_not_touched() -> None:
-    with pytest.raises(ValueError, match="nothing in Sequential"):
-        rb.convert(nn.Sequential(torch.jit.script(nn.MultiheadAttention(16, 4))), 4)
 
 
 def test_compiled_code_is_made_anew() -> None:
@@ -354,35 +228,19 @@ torch.testing.assert_close(compiled(x), before)
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_attention_inside_a_wrapper_is_not_converted_again() -> None:
-    wrapped = rb.nn.RandomBatch(nn.TransformerEncoderLayer(16, 4), 5)
-    rb.convert(wrapped, 7)
-    assert type(wrapped.module.self_attn) is nn.MultiheadAttention
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (nn.Linear(3, 3), "nothing in Linear looks like it"),
-        (LooksLikeAttention(), r"no rule knows LooksLikeAttention"),
-        (Theirs(16, 4), "overrides the forward"),
-        (nn.TransformerDecoderLayer(16, 4), "decoder layer"),
-    ],
-)
-def test_nothing_to_convert(model: nn.Module, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        rb.convert(model, 4)
-
-
 class Breaks(nn.Module):
     pass
 
 
-def test_a_failure_leaves_the_model_as_it_was() -> None:
-    def breaks(module: nn.Module, sampling: Sampling) -> None:
+class Fails(Rule):
+    name, changes, cls = "breaks", "nothing", Breaks
+
+    def swap(self, module: nn.Module, settings: RandomBatchConfig) -> None:
         raise RuntimeError("a rule that fails")
 
-    add_rule(Breaks, Rule("breaks", "nothing", breaks))
+
+def test_a_failure_leaves_the_model_as_it_was() -> None:
+    REGISTRY.add(Fails())
     model = nn.Sequential(HandWritten(), nn.MultiheadAttention(16, 4), encoder(), Breaks())
     before = snapshot(model)
     with pytest.raises(RuntimeError, match="a rule that fails"):
@@ -390,19 +248,19 @@ def test_a_failure_leaves_the_model_as_it_was() -> None:
     assert snapshot(model) == before
 
 
-@pytest.mark.parametrize("name", ["sampling", "interaction"])
-@pytest.mark.parametrize("value", ["mine", Sampling(5)])
+@pytest.mark.parametrize("name", ["randbatch_config", "interaction"])
+@pytest.mark.parametrize("value", ["mine", RandomBatchConfig(5)])
 def test_a_name_that_is_taken_is_left_to_its_owner(name: str, value: object) -> None:
     model = nn.Sequential(HandWritten(), HandWritten(), nn.MultiheadAttention(16, 4))
     for module in (model[1], model[2]):
         setattr(module, name, value)
     report = rb.convert(model, 4)
-    taken = ["1", "2"] if name == "sampling" else ["2"]  # the adapter needs no `interaction`
+    taken = ["1", "2"] if name == "randbatch_config" else ["2"]  # the adapter needs no `interaction`
     assert [row.path for row in report.left_alone] == taken
     assert all(f"it has an attribute `{name}` of its own" in row.reason for row in report.left_alone)
     report.undo()
     assert all(getattr(module, name) is value for module in (model[1], model[2]))
-    assert not hasattr(model[0], "sampling")
+    assert not hasattr(model[0], "randbatch_config")
 
 
 def test_undo_in_any_order_leaves_nothing_behind() -> None:

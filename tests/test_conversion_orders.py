@@ -98,7 +98,7 @@ def test_every_order(make: Callable[[], nn.Module], norm: str, order: tuple[str,
         outs = [m(x, x, x, need_weights=False)[0] if make is attention else m(x) for m in (model, twin)]
         torch.testing.assert_close(*outs, **FLOAT64)
         converted = report is not None and order.index(step) < order.index("undo")
-        assert hasattr(model, "sampling") is converted
+        assert hasattr(model, "randbatch_config") is converted
         if not converted:
             assert state(model) == state(twin)
 
@@ -131,4 +131,4 @@ def test_undo_is_refused_where_the_class_was_changed_since() -> None:
     model.__class__ = swapped
     report.undo()
     assert type(model) is nn.MultiheadAttention
-    assert not hasattr(model, "sampling")
+    assert not hasattr(model, "randbatch_config")

@@ -175,7 +175,7 @@ class TestInference:
             assert torch.equal(model(x), model(x))
             errors.append((model(x) - exact).norm())
         assert errors[1] < errors[0]
-        seeds = [module.randbatch_config.seed for module in model.modules() if hasattr(module, "sampling")]
+        seeds = [module.randbatch_config.seed for module in model.modules() if hasattr(module, "randbatch_config")]
         assert len(set(seeds)) == 4
         before = model(x)
         rb.set_inference(model, "rounds", rounds=8, seed=4)

@@ -59,7 +59,7 @@ rb.nn.RandomBatchAttention(8, 2, 4)(torch.randn(9, 8)).sum().backward()
 rb.convert(model := torch.nn.TransformerEncoderLayer(8, 2), 4)
 model(torch.randn(9, 1, 8))
 try:
-    rb.integrations.hf.register(4)
+    rb.conversion.hf.register(4)
 except ImportError as error:
     print(error)
 rb.particles.solve(rb.particles.consensus(), torch.randn(9, 2), 1.0, 0.5, batch_size=3)

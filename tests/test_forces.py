@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import randbatch as rb
 from randbatch.analysis import output_error, random_force
 from randbatch.cli import main
+from randbatch.nn.config import config_of
 
 
 def qkv(num_tokens: int, heads: int = 2, size: int = 4, value: int = 3) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,17 +91,13 @@ def model() -> nn.Module:
 def test_a_model_is_looked_at_layer_by_layer_and_left_as_it_was() -> None:
     net, x = model().train(), torch.randn(1, 50, 16)
     net.layers[0].self_attn.randbatch_config.eval_rounds = 3  # type: ignore[union-attr, index]
-    before = {
-        name: copy.copy(module.randbatch_config) for name, module in net.named_modules() if hasattr(module, "sampling")
-    }
+    before = {name: copy.copy(config_of(module)) for name, module in net.named_modules() if config_of(module)}
     found = random_force(net, x, batch_sizes=(8,), draws=2)
     errors = output_error(net, x, batch_sizes=(8, 25, 50), draws=2)
     assert [one.layer for one in found] == ["layers.0.self_attn", "layers.1.self_attn"]
     assert [one.estimator for one in errors] == ["plain", "debiased", "corrected"]
     assert all(module.training for module in net.modules())
-    assert before == {
-        name: module.randbatch_config for name, module in net.named_modules() if hasattr(module, "sampling")
-    }
+    assert before == {name: config_of(module) for name, module in net.named_modules() if config_of(module)}
     for one in errors:
         assert one.error[50] < 1e-6  # whole sets
         assert one.error[8] > one.error[25] > one.error[50]

@@ -286,7 +286,7 @@ def test_modules_left_out_attend_as_before(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    rb.integrations.hf.register(batch_size=ONE_BATCH)
+    rb.conversion.hf.register(batch_size=ONE_BATCH)
     model = bert().double().eval()
     want = model(IDS, attention_mask=KEEP).last_hidden_state
     model.set_attn_implementation("random_batch")
@@ -294,7 +294,7 @@ def test_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     out = model(IDS, attention_mask=KEEP).last_hidden_state
     assert calls.count == 2
     torch.testing.assert_close(out[KEEP.bool()], want[KEEP.bool()], **FLOAT64)
-    rb.integrations.hf.register(batch_size=3, name="random_batch_of_3")
+    rb.conversion.hf.register(batch_size=3, name="random_batch_of_3")
     model.set_attn_implementation("random_batch_of_3")
     small = model(IDS, attention_mask=KEEP).last_hidden_state
     assert not torch.allclose(small[KEEP.bool()], want[KEEP.bool()])
@@ -306,7 +306,7 @@ def test_a_decoder_is_refused_however_it_is_asked() -> None:
     model = transformers.BertLMHeadModel(config)
     with pytest.raises(ValueError, match="it is causal"):
         rb.convert(model, 3)
-    rb.integrations.hf.register(batch_size=3)
+    rb.conversion.hf.register(batch_size=3)
     model.set_attn_implementation("random_batch")
     with pytest.raises(ValueError, match="cannot serve BertSelfAttention: it is causal"):
         model(IDS)

@@ -13,9 +13,9 @@ from scripts.sweep_transformers import CONFIG_MAPPING, judge, make
 from torch import Tensor, nn
 
 import randbatch as rb
-from randbatch.integrations import hf
-from randbatch.integrations.hf_interface import attend
-from randbatch.nn import Sampling
+from randbatch.conversion import hf
+from randbatch.conversion.libraries.hf_interface import attend
+from randbatch.nn import RandomBatchConfig
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -45,7 +45,7 @@ class TestCalls:
     mask = torch.arange(9) < torch.tensor([[9], [5]])
 
     def call(self, *args, **options) -> Tensor:
-        out, weights = attend(Sampling(ONE_BATCH), SelfAttention().eval(), *args, **options)
+        out, weights = attend(RandomBatchConfig(ONE_BATCH), SelfAttention().eval(), *args, **options)
         assert weights is None
         return out
 
@@ -103,7 +103,7 @@ class TestCalls:
     def test_without_a_mask_silence_means_causal(self) -> None:
         """As in transformers' sdpa."""
         with pytest.raises(ValueError, match="no order"):
-            attend(Sampling(4), nn.Identity(), self.query, self.key, self.value, None)
+            attend(RandomBatchConfig(4), nn.Identity(), self.query, self.key, self.value, None)
 
 
 def _keep_mask(masks: list[Tensor]):

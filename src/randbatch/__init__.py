@@ -6,7 +6,7 @@
 torch.Size([100000, 4, 16])
 """
 
-from randbatch import analysis, estimators, integrations, interactions, kernels, models, nn, particles
+from randbatch import analysis, conversion, estimators, integrations, interactions, kernels, models, nn, particles
 from randbatch.conversion import ConversionReport, convert
 from randbatch.explanation import explain
 from randbatch.functional import full_attention, random_batch_attention, random_batch_interaction
@@ -24,6 +24,7 @@ __all__ = [
     "__version__",
     "analysis",
     "choose_rounds",
+    "conversion",
     "convert",
     "estimators",
     "explain",

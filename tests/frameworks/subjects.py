@@ -15,8 +15,8 @@ from randbatch.estimators import ESTIMATORS
 from randbatch.interactions import INTERACTIONS
 from randbatch.kernels import BACKENDS, Problem
 from randbatch.models import ATTENTIONS, CONVOLUTIONS
-from randbatch.nn import RandomBatch, RandomBatchAttention, Sampling
-from randbatch.nn.config import sampling_of
+from randbatch.nn import RandomBatch, RandomBatchAttention, RandomBatchConfig
+from randbatch.nn.config import config_of
 
 N, P = 49, 18  # batches of 16 and 17: torch's fused attention on a CPU begins at 16
 SMALL = 11, 4  # for checks that take a step for every number
@@ -348,9 +348,9 @@ def subjects() -> dict[str, Subject]:
     return {row.key: row for row in rows}
 
 
-def samplings(module: nn.Module) -> list[Sampling]:
+def samplings(module: nn.Module) -> list[RandomBatchConfig]:
     """The samplings inside."""
-    return [found for each in module.modules() if (found := sampling_of(each)) is not None]
+    return [found for each in module.modules() if (found := config_of(each)) is not None]
 
 
 def as_judge(module: nn.Module) -> nn.Module:

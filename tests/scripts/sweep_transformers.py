@@ -34,7 +34,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 import randbatch as rb
-from randbatch.nn import Sampling
+from randbatch.nn import RandomBatchConfig
+from randbatch.nn.config import config_of
 
 ONE_BATCH = 10**6
 SECONDS = 40
@@ -210,28 +211,26 @@ def judge(model: Any, inputs: dict[str, Tensor]) -> tuple[str, list[str]]:
         if "was left alone" not in text:
             return "none", [text]
         return "left", sorted({line.strip() for line in text.splitlines()[2:]})
-    samplings = {
-        id(module.randbatch_config): path for path, module in converted.named_modules() if hasattr(module, "sampling")
-    }
+    samplings = {id(found): path for path, module in converted.named_modules() if (found := config_of(module))}
     drawn: set[int] = set()
     entered: set[int] = set()
     for module in converted.modules():
-        if hasattr(module, "sampling"):
-            module.register_forward_pre_hook(lambda module, _: entered.add(id(getattr(module, "sampling", None))))
-    draw = Sampling.draw
+        if config_of(module):
+            module.register_forward_pre_hook(lambda module, _: entered.add(id(config_of(module))))
+    draw = RandomBatchConfig.draw
 
-    def counted(self: Sampling, *args: Any, **kwargs: Any) -> Any:
+    def counted(self: RandomBatchConfig, *args: Any, **kwargs: Any) -> Any:
         drawn.add(id(self))
         return draw(self, *args, **kwargs)
 
-    Sampling.draw = counted
+    RandomBatchConfig.draw = counted
     try:
         got = call(converted, inputs)
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         return "FAIL", [f"{type(error).__name__}: {error} ({last.filename.split('/')[-1]}:{last.lineno})"[:400]]
     finally:
-        Sampling.draw = draw
+        RandomBatchConfig.draw = draw
     reasons = sorted({f"{row.kind}: {row.reason}" for row in report.left_alone})
     silent = [path for key, path in samplings.items() if key in entered and key not in drawn]
     if silent:

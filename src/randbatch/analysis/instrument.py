@@ -14,7 +14,7 @@ from randbatch._checks import check_batch_vector, check_choice, check_integer, c
 from randbatch._errors import InvalidType, InvalidValue
 from randbatch._optional import require
 from randbatch.estimators import ESTIMATORS
-from randbatch.nn.sampling import Sampling, sampling_of
+from randbatch.nn.config import RandomBatchConfig, config_of
 
 __all__ = ["Measure", "as_it_was", "check_compared", "measure_attention", "progress_bar"]
 
@@ -44,25 +44,25 @@ def progress_bar(unit: str, show: bool, total: int | None = None) -> Generator[C
 
 
 @contextmanager
-def as_it_was(model: nn.Module) -> Generator[dict[str, Sampling]]:
+def as_it_was(model: nn.Module) -> Generator[dict[str, RandomBatchConfig]]:
     """The model in eval; yields how its modules draw random batches, by path, to be changed at will."""
     training = {module: module.training for module in model.modules()}
-    samplings = {
-        path or type(model).__name__: sampling
+    configs = {
+        path or type(model).__name__: config
         for path, module in model.named_modules()
-        if (sampling := sampling_of(module)) is not None
+        if (config := config_of(module)) is not None
     }
-    kept = {path: {f.name: getattr(sampling, f.name) for f in fields(sampling)} for path, sampling in samplings.items()}
+    kept = {path: {f.name: getattr(config, f.name) for f in fields(config)} for path, config in configs.items()}
     model.eval()
     try:
         with torch.no_grad():
-            yield samplings
+            yield configs
     finally:
         for module, mode in training.items():
             module.training = mode
         for path, values in kept.items():
             for name, value in values.items():
-                setattr(samplings[path], name, value)
+                setattr(configs[path], name, value)
 
 
 def measure_attention(
@@ -105,9 +105,9 @@ def _watch(model: nn.Module, inputs: Sequence[Any], named: Mapping[str, Any], me
 
         return observe
 
-    with as_it_was(model) as samplings:
-        for path, sampling in samplings.items():
-            sampling.observer = observer_of(path)
+    with as_it_was(model) as configs:
+        for path, config in configs.items():
+            config.observer = observer_of(path)
         model(*inputs, **named)
     if not found:
         raise InvalidValue(

@@ -268,8 +268,8 @@ def output_error(
     check_integer("draws", draws, 2)
     check_integer("seed", seed)
     passes = len(sizes) * len(names) * draws
-    with as_it_was(model) as samplings, progress_bar("pass", progress, passes) as tick:
-        if not samplings:
+    with as_it_was(model) as configs, progress_bar("pass", progress, passes) as tick:
+        if not configs:
             raise ValueError(f"model must hold a module with random batches, but {type(model).__name__} holds none")
         largest = 0
 
@@ -277,23 +277,23 @@ def output_error(
             nonlocal largest
             largest = max(largest, largest_set(len(query), batch))
 
-        for sampling in samplings.values():
-            sampling.exact_eval, sampling.observer = True, note
+        for config in configs.values():
+            config.exact_eval, config.observer = True, note
         exact = _output(model, inputs, named_inputs)
         norm = float(exact.square().sum())
         if not 0 < norm < math.inf:
             raise InvalidValue(
                 f"the output of model must be finite and not all 0 for a relative error, its norm is {norm}"
             )
-        for sampling in samplings.values():
-            sampling.exact_eval, sampling.observer, sampling.eval_rounds, sampling.tolerance = False, None, 1, None
+        for config in configs.values():
+            config.exact_eval, config.observer, config.eval_rounds, config.tolerance = False, None, 1, None
         squared = {name: torch.zeros(len(sizes), draws, dtype=torch.float64) for name in names}
         for place, p in enumerate(sizes):
             for name in names:
                 for draw in range(draws):
-                    for number, sampling in enumerate(samplings.values()):
-                        sampling.batch_size, sampling.estimator = p, name
-                        sampling.seed = fold_seed(fold_seed(seed, draw), number)
+                    for number, config in enumerate(configs.values()):
+                        config.batch_size, config.estimator = p, name
+                        config.seed = fold_seed(fold_seed(seed, draw), number)
                     off = _output(model, inputs, named_inputs) - exact
                     squared[name][place, draw] = float(off.square().sum()) / norm
                     tick()

@@ -23,6 +23,7 @@ from randbatch.execution.padding import kept_where_zero
 from randbatch.interactions import Softmax
 from randbatch.interactions.rounds import Projections
 from randbatch.nn.config import RandomBatchConfig, own_config
+from randbatch.nn.former import FormerName
 
 __all__ = ["RandomBatchAttention", "no_fast_path"]
 
@@ -66,6 +67,8 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
         >>> out.shape
         torch.Size([2, 500, 64])
     """
+
+    sampling = FormerName()
 
     def __init__(
         self,

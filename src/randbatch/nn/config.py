@@ -235,15 +235,18 @@ class RandomBatchConfig(BatchOptions):
     def _note_choice(self, choice: RoundsChoice) -> None:
         self.chosen = choice
 
-    def describe(self) -> str:
-        """What `print(module)` shows: p, and every option that is not the default."""
-        default = RandomBatchConfig()
-        shown = [f"batch_size={self.batch_size}"]
+    def changed(self) -> dict[str, Any]:
+        """p, and every option that is not the default; objects by their names."""
+        default, found = RandomBatchConfig(), {"batch_size": self.batch_size}
         for name in _checks_of(RandomBatchConfig):
             value = getattr(self, name)
             if name != "batch_size" and value != getattr(default, name):
-                shown.append(f"{name}={getattr(value, 'name', value)!r}")
-        return ", ".join(shown)
+                found[name] = getattr(value, "name", value)
+        return found
+
+    def describe(self) -> str:
+        """What `print(module)` shows."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.changed().items())
 
 
 def own_config(batch_size: int | RandomBatchConfig, options: dict[str, Any]) -> RandomBatchConfig:

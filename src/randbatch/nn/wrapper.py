@@ -12,6 +12,7 @@ from randbatch._errors import InvalidType
 from randbatch._shapes import Bool, Float, Int
 from randbatch.nn.batches import apply_in_batches
 from randbatch.nn.config import RandomBatchConfig, own_config
+from randbatch.nn.former import FormerName
 
 __all__ = ["RandomBatch"]
 
@@ -46,6 +47,8 @@ class RandomBatch(torch.nn.Module):
         >>> RandomBatch(layer, batch_size=64)(torch.randn(1000, 32)).shape
         torch.Size([1000, 32])
     """
+
+    sampling = FormerName()
 
     def __init__(
         self,

@@ -20,14 +20,16 @@ from weakref import ref
 
 from torch import Tensor, nn
 
-from randbatch.integrations.arguments import is_cross_by_name, other_tokens, reads_last_row, refuse_other_tokens
-from randbatch.integrations.hf_interface import attend, is_over, name_over, register_function, register_over
-from randbatch.integrations.rules import Ancestors, Rule, Undo, add_rule, add_teacher, swap_module
-from randbatch.integrations.swap import bare_class
-from randbatch.nn.sampling import Sampling
+from randbatch._errors import InvalidValue
+from randbatch.conversion.adapters import AdapterRule, RandomBatches
+from randbatch.conversion.arguments import is_cross_by_name, other_tokens, reads_last_row
+from randbatch.conversion.libraries.hf_interface import attend, is_over, name_over, register_function, register_over
+from randbatch.conversion.rules import Ancestors
+from randbatch.conversion.swap import Undo, bare_class, undo_each
+from randbatch.nn.config import RandomBatchConfig
 from randbatch.partition import fold_seed
 
-__all__ = ["register"]
+__all__ = ["RULES", "register"]
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 # Keywords that an attention hands to its function, which no random batch can heed.
@@ -45,16 +47,7 @@ _CAUSAL = re.compile(r"(create|make|prepare|update)\w*_causal\w*_mask")
 _BLOCKS = {"generate_block_attention_mask"}
 
 
-def register(
-    batch_size: int,
-    *,
-    name: str = "random_batch",
-    estimator: str = "plain",
-    rounds: int = 1,
-    eval_rounds: int | None = None,
-    backend: str = "auto",
-    seed: int = 0,
-) -> None:
+def register(batch_size: int | RandomBatchConfig, *, name: str = "random_batch", **options: Any) -> None:
     """Make `name` an attention implementation of transformers: every attention of a model that is set to it.
 
     Prefer `randbatch.convert`: it looks at the whole model first, can be undone, and gives each layer a seed of its
@@ -63,17 +56,14 @@ def register(
     full attention, which a warning names.
 
     Args:
-        batch_size: p >= 2, tokens in a random batch.
+        batch_size: p >= 2, tokens in a random batch; or a `randbatch.nn.RandomBatchConfig` with all settings.
         name: what `set_attn_implementation` or `attn_implementation=` takes.
-        estimator: how in-batch outputs estimate full attention.
-        rounds: partitions per call in training.
-        eval_rounds: partitions per call in eval. Default: the same as `rounds`.
-        backend: of softmax attention.
-        seed: the partitions of eval; a layer with a `layer_idx` derives its own.
+        **options: other options of `randbatch.nn.RandomBatchConfig`, such as `estimator`, `rounds` or `seed`. A layer
+            with a `layer_idx` derives its own seed.
 
     Raises:
         ImportError: transformers is not installed.
-        TypeError: an argument that must be an int is not.
+        TypeError: an unknown option, or an argument that must be an int is not.
         ValueError: a number out of range or an unknown name.
 
     Example:
@@ -86,9 +76,7 @@ def register(
         >>> model(torch.randint(0, 100, (2, 300))).last_hidden_state.shape
         torch.Size([2, 300, 32])
     """
-    default = Sampling(
-        batch_size, estimator=estimator, rounds=rounds, eval_rounds=eval_rounds, backend=backend, seed=seed
-    )
+    default = RandomBatchConfig.of(batch_size, options)
 
     def attend_by_name(
         module: nn.Module,
@@ -100,9 +88,9 @@ def register(
     ) -> Any:
         reason = _why_not(module, ()) or _why_not_by_name(type(module))
         if reason is not None:
-            raise ValueError(f"attention implementation {name!r} cannot serve {type(module).__name__}: {reason}")
+            raise InvalidValue(f"attention implementation {name!r} cannot serve {type(module).__name__}: {reason}")
         layer = getattr(module, "layer_idx", None)
-        sampling = default if layer is None else default.copy(seed=fold_seed(seed, layer))
+        sampling = default if layer is None else default.copy(seed=fold_seed(default.seed, layer))
         return attend(sampling, module, query, key, value, attention_mask, **options)
 
     register_function(name, attend_by_name, before="eager", notice=_warn_of_those_that_never_ask)
@@ -209,18 +197,6 @@ def _why_other_tokens(module: Any, kind: type[nn.Module], ancestors: Ancestors) 
     return None
 
 
-def _swap(module: Any, sampling: Sampling) -> Undo:
-    """Give the module its sampling, and switch its config, which other modules may share."""
-    undo_module = swap_module(module, sampling)
-    undo_config = _switch(module, sampling)
-
-    def undo() -> None:
-        undo_module()
-        undo_config()
-
-    return undo
-
-
 @dataclass
 class _Switched:
     """A config that is set to random batches, and how many conversions want it to be."""
@@ -234,7 +210,12 @@ class _Switched:
 _switched: dict[int, _Switched] = {}  # by the id of the config, which has no hash
 
 
-def _switch(module: Any, sampling: Sampling) -> Undo:
+def _record(settings: RandomBatchConfig) -> dict[str, Any]:
+    """What `convert` was told, to be told again: what is not the default, but for the backend of this machine."""
+    return {name: value for name, value in settings.changed().items() if name != "backend"}
+
+
+def _switch(module: Any, sampling: RandomBatchConfig) -> Undo:
     """Let the config name an implementation that serves the module, and say what it is; undone with its last user."""
     register_over()
     config: Any = module.config
@@ -246,11 +227,7 @@ def _switch(module: Any, sampling: Sampling) -> Undo:
     if not is_over(config._attn_implementation):
         # not the property, which would switch the configs inside it too
         config._attn_implementation_internal = name_over(config._attn_implementation)
-    names = ("batch_size", "estimator", "rounds", "eval_rounds", "chunk_batches")
-    previous, record = (
-        vars(config).get("random_batch"),
-        {name: getattr(getattr(sampling, name), "name", getattr(sampling, name)) for name in names},
-    )
+    previous, record = vars(config).get("random_batch"), _record(sampling)
     config.random_batch = record
 
     def undo() -> None:
@@ -270,29 +247,37 @@ def _switch(module: Any, sampling: Sampling) -> Undo:
     return undo
 
 
-_RULE = Rule(
-    "transformers attention",
-    "a token, special ones like [CLS] too, attends to its random batch; padding takes no part, and its rows are zero; "
-    "modules left alone under the same config attend as before; a saved config remembers it as `random_batch`, but "
-    "from_pretrained makes full attention: convert again",
-    _swap,
-    _why_not,
-    again=_switch,
-)
+class _Attention(AdapterRule):
+    """The module's own forward, which asks transformers for an attention function; see `hf_interface`."""
+
+    name = "transformers attention"
+    changes = (
+        "a token, special ones like [CLS] too, attends to its random batch; padding takes no part, and its rows are "
+        "zero; modules left alone under the same config attend as before; a saved config remembers it as "
+        "`random_batch`, but from_pretrained makes full attention: convert again"
+    )
+
+    def serves(self, cls: type[nn.Module]) -> bool:
+        return _INTERFACE in _words(vars(cls).get("forward"))
+
+    def why_not(self, module: nn.Module, ancestors: Ancestors) -> str | None:
+        return _why_not(module, ancestors)
+
+    def adapter(self, module: nn.Module, batches: RandomBatches, /, *args: Any, **kwargs: Any) -> Any:
+        batches.refuse_other_tokens(args, kwargs)
+        return batches.forward(*args, **kwargs)
+
+    def subclass(self, original: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
+        register_over()  # what the config of a module that is loaded may name already
+        return super().subclass(original, base)
+
+    def swap(self, module: nn.Module, settings: RandomBatchConfig) -> Undo:
+        """Convert the module, and switch its config, which other modules may share."""
+        return undo_each(super().swap(module, settings), _switch(module, settings))
+
+    def renew(self, module: nn.Module, settings: RandomBatchConfig) -> Undo:
+        """As a user may have set another implementation since, the config is switched again."""
+        return undo_each(_switch(module, settings), super().renew(module, settings))
 
 
-def _teach(cls: type[nn.Module]) -> None:
-    if _INTERFACE not in _words(vars(cls).get("forward")):
-        return
-    register_over()
-
-    others = other_tokens(cls)
-
-    def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        refuse_other_tokens(cls, others, args, kwargs)
-        return cls.forward(module, *args, **kwargs)
-
-    add_rule(cls, _RULE, forward)
-
-
-add_teacher(_teach)
+RULES = (_Attention(),)

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from randbatch._errors import InvalidType, InvalidValue
 from randbatch._optional import require
 from randbatch._shapes import Shaped
-from randbatch.integrations.sdpa import key_mask
-from randbatch.nn.sampling import Sampling, attend_in_batches, sampling_of
+from randbatch.conversion.through_sdpa import key_mask
+from randbatch.nn.batches import attend_in_batches
+from randbatch.nn.config import RandomBatchConfig, config_of
 
 __all__ = ["attend", "is_over", "name_over", "register_function", "register_over"]
 
@@ -36,7 +38,7 @@ _WITHOUT_EFFECT = {
 
 
 def attend(
-    sampling: Sampling,
+    config: RandomBatchConfig,
     module: nn.Module,
     query: Shaped[Tensor, "b h n d"],
     key: Shaped[Tensor, "b k m d"],
@@ -61,16 +63,16 @@ def attend(
     num_sets, num_heads, num_tokens, _ = query.shape
     causal = getattr(module, "is_causal", causal_unless_said) if is_causal is None else is_causal
     if is_causal or (causal and attention_mask is None and num_tokens > 1):
-        raise ValueError("is_causal must be False: a random batch has no order")
+        raise InvalidValue("is_causal must be False: a random batch has no order")
     if output_attentions:
-        raise ValueError(
+        raise InvalidValue(
             "output_attentions must be False: weights inside a random batch are not those of the whole set"
         )
     for name, option in options.items():
         if option is not None and option is not False and name not in _WITHOUT_EFFECT:
-            raise ValueError(f"{name} must be None: attention in random batches would not heed it")
+            raise InvalidValue(f"{name} must be None: attention in random batches would not heed it")
     if key.shape[0] != num_sets or key.shape[2] != num_tokens:
-        raise ValueError(
+        raise InvalidValue(
             f"key must be of the {num_tokens} tokens of query, got {list(key.shape)} for {list(query.shape)}: random "
             "batches are for self-attention"
         )
@@ -78,15 +80,15 @@ def attend(
         key, value = (tensor.repeat_interleave(num_heads // key.shape[1], dim=1) for tensor in (key, value))
     mask = _as_key_mask(attention_mask, num_sets, num_tokens)
     turned = [tensor.transpose(1, 2) for tensor in (query, key, value)]
-    return attend_in_batches(sampling, module.training, *turned, mask=mask, scale=scaling, dropout_p=dropout), None
+    return attend_in_batches(config, module.training, *turned, mask=mask, scale=scaling, dropout_p=dropout), None
 
 
 def _as_key_mask(mask: Any, num_sets: int, num_tokens: int) -> Tensor | None:
     if mask is not None and not isinstance(mask, Tensor):
-        raise TypeError(f"attention_mask must be a tensor or None, got {type(mask).__name__}")
+        raise InvalidType(f"attention_mask must be a tensor or None, got {type(mask).__name__}")
     if mask is not None and mask.dim() == 2 and not mask.is_floating_point():  # as flash attention gets it
         if list(mask.shape) != [num_sets, num_tokens]:
-            raise ValueError(f"attention_mask must be {[num_sets, num_tokens]}, got {list(mask.shape)}")
+            raise InvalidValue(f"attention_mask must be {[num_sets, num_tokens]}, got {list(mask.shape)}")
         return mask.bool()
     return key_mask(mask, num_sets, num_tokens, "attention_mask")
 
@@ -134,10 +136,10 @@ def _attend_over(before: str, functions: Any) -> Callable[..., Any]:
         **options: Any,
     ) -> Any:
         """Modules that were left alone share their config with those that were converted."""
-        sampling = sampling_of(module)
-        if sampling is not None:
+        config = config_of(module)
+        if config is not None:
             options["causal_unless_said"] = before != "eager"
-            return attend(sampling, module, query, key, value, attention_mask, **options)
+            return attend(config, module, query, key, value, attention_mask, **options)
         function = _eager_of(module) if before == "eager" else functions[before]
         return function(module, query, key, value, attention_mask, **options)
 
@@ -149,7 +151,7 @@ def _eager_of(module: nn.Module) -> Callable[..., Any]:
     forward: Any = inspect.unwrap(type(module).forward)
     name = next((word for word in forward.__code__.co_names if word.endswith("eager_attention_forward")), None)
     if name is None:
-        raise ValueError(
+        raise InvalidValue(
             f"{type(module).__name__} has no eager attention that could be found; call set_attn_implementation('sdpa') "
             "before the model is converted"
         )

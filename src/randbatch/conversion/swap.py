@@ -12,9 +12,21 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-__all__ = ["Undo", "bare_class", "set_attributes", "set_class", "why_taken"]
+from randbatch._errors import InvalidValue
+
+__all__ = ["Undo", "bare_class", "set_attributes", "set_class", "undo_each", "why_taken"]
 
 Undo = Callable[[], None]
+
+
+def undo_each(*steps: Undo) -> Undo:
+    """Undo these, in this order."""
+
+    def undo() -> None:
+        for step in steps:
+            step()
+
+    return undo
 
 
 def bare_class(module: nn.Module) -> type[nn.Module]:
@@ -65,7 +77,7 @@ def set_attributes(module: nn.Module, **values: Any) -> Undo:
     """
     reason = why_taken(module, values)
     if reason is not None:
-        raise ValueError(f"{bare_class(module).__name__} cannot be converted: {reason}")
+        raise InvalidValue(f"{bare_class(module).__name__} cannot be converted: {reason}")
     for name, value in values.items():
         setattr(module, name, value)
 

@@ -18,7 +18,8 @@ from typing import Any
 
 from torch import nn
 
-from randbatch.integrations.swap import bare_class
+from randbatch._errors import InvalidValue
+from randbatch.conversion.swap import bare_class
 
 __all__ = ["Other", "is_cross_by_name", "other_tokens", "reads_last_row", "refuse_other_tokens", "why_not_itself"]
 
@@ -99,7 +100,7 @@ def refuse_other_tokens(
         given = args[other.position] if other.position < len(args) else kwargs.get(other.name)
         first = args[0] if args else next(iter(kwargs.values()), None)
         if given is not None and given is not first:
-            raise ValueError(
+            raise InvalidValue(
                 f"{other.name} of {kind.__name__} must be left out: random batches are for self-attention, where a "
                 "token attends to others of its own set; leave this module out with `where`"
             )

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from randbatch._errors import InvalidValue
 from randbatch._numerics import has_no_elements
 from randbatch._shapes import Bool, Shaped
+from randbatch.conversion.adapters import RandomBatches
 from randbatch.execution.padding import kept_where_zero
-from randbatch.integrations.arguments import refuse_other_tokens
-from randbatch.integrations.rules import RandomBatches
 
 __all__ = ["key_mask", "through_sdpa"]
 
@@ -21,7 +21,7 @@ __all__ = ["key_mask", "through_sdpa"]
 _NEVER = -1e4  # what older models add to the logits of padding: its exponential is 0 in every dtype
 
 
-def through_sdpa(module: nn.Module, batches: RandomBatches, *args: Any, **kwargs: Any) -> Any:
+def through_sdpa(module: nn.Module, batches: RandomBatches, /, *args: Any, **kwargs: Any) -> Any:
     """An adapter for any module whose forward calls `F.scaled_dot_product_attention` on `[B, H, N, D]`.
 
     The module's own forward runs; projections, norms, rotary positions and gates stay as they are. Only that one call
@@ -45,7 +45,7 @@ def through_sdpa(module: nn.Module, batches: RandomBatches, *args: Any, **kwargs
         >>> model(torch.randn(1, 4, 1000, 16)).shape
         torch.Size([1, 4, 1000, 16])
     """
-    refuse_other_tokens(batches.original, batches.others, args, kwargs)
+    batches.refuse_other_tokens(args, kwargs)
     calls: list[int] = []  # beside the mode: `torch.compile` does not see a mode's attributes
     with _InsteadOfSDPA(batches, calls):
         out = batches.forward(*args, **kwargs)
@@ -84,9 +84,9 @@ class _InsteadOfSDPA(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> Tensor:
         if is_causal:
-            raise ValueError("is_causal must be False: a random batch has no order")
+            raise InvalidValue("is_causal must be False: a random batch has no order")
         if query.dim() != 4 or key.dim() != 4 or key.shape[2] != query.shape[2] or key.shape[0] != query.shape[0]:
-            raise ValueError(
+            raise InvalidValue(
                 f"query {list(query.shape)} and key {list(key.shape)} must both be [B, H, N, D] with the same B and N: "
                 "random batches are for self-attention"
             )
@@ -113,7 +113,7 @@ def key_mask(
     row = full[:, :1, :1]
     fits = full.dim() == 4 and full.shape[3] == num_tokens and full.shape[0] in (1, num_sets)
     if not fits or full.shape[2] not in (1, num_tokens) or not _is_expanded(full, row):
-        raise ValueError(
+        raise InvalidValue(
             f"{name} must be the same for every query and head, [B, 1, 1, N], got {list(mask.shape)}: random batches "
             "take no mask and no bias between tokens"
         )
