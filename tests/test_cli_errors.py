@@ -1,6 +1,8 @@
 """What the user can fix is one line and exit code 2; a fault of the package shows its traceback, whatever its type."""
 
 import errno
+import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,8 +13,10 @@ import torch
 
 from randbatch._errors import InvalidValue
 from randbatch.cli import COMMANDS, Command, main
-from randbatch.train import RunConfig, load_sweep, train_sweep
+from randbatch.train import RunConfig, SweepConfig, load_sweep, train_sweep
+from randbatch.train.config import to_json
 from randbatch.train.data import GroupsOptions, make_groups
+from randbatch.train.stored import from_json
 
 SMALL = ["--epochs", "1", "--hidden", "8", "--heads", "2", "--layers", "1", "--batch-size", "16", "--device", "cpu"]
 PARTICLES = ["--num-particles", "4", "--batch-size", "2"]
@@ -190,6 +194,29 @@ def test_a_fault_in_stored_settings_is_not_told_as_a_damaged_file(
     for words in (["train", "--resume", "run"], ["analyze", "run"]):
         assert main(words) == 1
         assert "ValueError: some reason" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"colour": "red"}, "holds unknown settings: colour"),
+        ({"epochs": "3"}, "epochs has no value of its type, got '3'"),
+        ({"epochs": True}, "epochs has no value of its type, got True"),
+        ({"lr": "0.1"}, "lr has no value of its type"),
+        ({"lr": 10**400}, "lr has no value of its type"),
+        ({"seed": 0}, "seed has no value of its type, got 0"),
+        ({"seed": [0.5]}, "seed has no value of its type"),
+        ({"attention": ["rab"]}, "attention has no value of its type"),
+        ({"chunk_batches": "all"}, "chunk_batches has no value of its type"),
+        ({"eval_rounds": 0}, "eval_rounds must be at least 1, got 0"),
+    ],
+)
+def test_stored_settings_are_read_by_their_types(change: dict[str, Any], message: str) -> None:
+    stored = to_json(SweepConfig(chunk_batches="auto", eval_rounds=2, lr=0.5, seed=(0, 1)))
+    plain = json.loads(json.dumps(stored))
+    assert to_json(from_json(SweepConfig, plain, Path("sweep.json"))) == stored
+    with pytest.raises(InvalidValue, match=re.escape(message)):
+        from_json(SweepConfig, plain | change, Path("sweep.json"))
 
 
 def test_a_sweep_resumes_with_its_settings_alone_in_python_too(tmp_path: Path) -> None:

@@ -125,7 +125,8 @@ def _check_resume(
 ) -> None:
     if resume or (place / record).exists():
         if resume is False:
-            raise InvalidValue(f"out: {place} already holds a run; resume it with --resume, or choose another --out")
+            again = f"--resume {shlex.quote(str(place))}"
+            raise InvalidValue(f"out: {place} already holds a run; resume it with {again}, or choose another --out")
         check_settings(place, read_settings(place, record), settings, free)
     else:
         check_new(place)

@@ -181,8 +181,10 @@ def test_only_what_was_written_can_be_resumed(tmp_path: Path) -> None:
 
 
 def test_settings_that_may_change(tmp_path: Path) -> None:
+    stale = tmp_path / ".randbatch-0123456789abcdef"
+    stale.write_bytes(b"half")  # of a killed process
     with open_folder(tmp_path, {"a": 1, "b": 2, "c": float("nan")}, say=quiet):
-        pass
+        assert not stale.exists()
     with open_folder(tmp_path, {"a": 1, "b": 3, "c": None}, say=quiet, free={"b"}):  # JSON has no NaN
         pass
     assert read_record(tmp_path / "settings.json") == {"a": 1, "b": 3, "c": None}
@@ -191,6 +193,7 @@ def test_settings_that_may_change(tmp_path: Path) -> None:
         ({"a": 1, "b": 4}, r"b: .* was made with 3, got 4"),
         ({"a": 1, "b": 3, "d": 4}, r"d: .* was made with None, got 4"),
         ({"b": 3}, r"a: .* was made with 1, got None"),
+        ({"a": 2, "b": 3, "B": 0}, r"a: .* was made with 1, got 2"),  # settings of both come first
     ):
         refused = pytest.raises(InvalidValue, match=message)
         with refused, open_folder(tmp_path, settings, say=quiet):
