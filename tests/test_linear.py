@@ -117,6 +117,16 @@ def total_weight(query: Tensor, key: Tensor, value: Tensor, part: rb.Partition) 
     return found
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_rounds_keep_the_dtype(dtype: torch.dtype) -> None:
+    query, key, value = (torch.randn(24, 2, 4).to(dtype) for _ in range(3))
+    out = in_rounds(query, key, value, rounds=100)  # all there are: every pair has met
+    assert out.dtype == dtype
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double(), by_formula(query, key, value)[0], rtol=20 * eps, atol=20 * eps)
+    assert linear_attention(query, key, value, rb.random_partition(24, 4), Options())[1] is None
+
+
 def test_the_gradient_at_zero_is_that_of_elu() -> None:
     """φ has slope 1 from both sides."""
     inputs = [torch.zeros(5, 1, 3, dtype=torch.float64), torch.zeros(5, 1, 3, dtype=torch.float64)]

@@ -97,11 +97,43 @@ def test_rounds_are_made_anew_each_time_and_count_keys() -> None:
         ((9, 1, 1), ValueError, "batch_size must be at least 2"),
         ((9, 4, 0), ValueError, "rounds must be at least 1"),
         ((9, 4, 1.5), TypeError, "rounds must be an int"),
+        ((9, 4, 2, torch.zeros(8, dtype=torch.int64)), ValueError, r"batch must have shape \[9\]"),
+        ((3, 2, 2, torch.tensor([0, -2, 1])), ValueError, "batch must hold graph numbers >= 0, got -2"),
     ],
 )
 def test_bad_input(arguments: tuple, error: type[Exception], message: str) -> None:
+    batch = arguments[3] if len(arguments) == 4 else None
     with pytest.raises(error, match=message):
-        rb.orthogonal_partitions(*arguments)
+        rb.orthogonal_partitions(*arguments[:3], batch=batch)
+
+
+def orders(rounds: Partitions) -> list[list[int]]:
+    return [part.order.tolist() for part in ([rounds] if rounds.only is not None else rounds)]
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+@pytest.mark.parametrize("batch", [None, torch.arange(90) % 2])
+def test_without_a_seed_every_call_draws_anew(rounds: int, batch: Tensor | None) -> None:
+    torch.manual_seed(5)
+    first, second = (orders(draw_rounds(90, 8, rounds, batch=batch)) for _ in range(2))
+    assert first != second
+    torch.manual_seed(5)
+    assert first == orders(draw_rounds(90, 8, rounds, batch=batch))
+
+
+def test_one_batch_draws_nothing() -> None:
+    state = torch.get_rng_state()
+    draw_rounds(8, 8, 1)
+    assert torch.equal(state, torch.get_rng_state())
+    draw_rounds(9, 8, 1)
+    assert not torch.equal(state, torch.get_rng_state())
+
+
+def test_one_set_is_no_set_of_its_own() -> None:
+    """What looks for sets finds none, and takes the shorter way."""
+    for part in rb.orthogonal_partitions(50, 8, 20):
+        assert part.set_of_batch is None
+        assert part.set_sizes is None
 
 
 @pytest.mark.parametrize("sizes", [(16,), (64,), (49,), (100,), (97, 30, 5), (200, 1, 2)])

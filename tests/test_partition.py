@@ -7,11 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import randbatch as rb
-from randbatch._seeds import hash_positions, random_keys
+from randbatch._seeds import draw_seed, hash_positions, random_keys
 from randbatch.partition import Partition, fold_seed
 from randbatch.partition.orthogonal import draw_rounds
+from randbatch.partition.sets import largest_set
 
 
 def check_partition(part: rb.Partition, num_tokens: int, batch_size: int, graph: torch.Tensor | None = None) -> None:
@@ -56,6 +59,14 @@ def test_several_graphs(sizes: list[int], batch_size: int, seed: int, shuffle: b
 def test_one_graph_is_no_graph() -> None:
     one = rb.random_partition(100, 7, seed=3, batch=torch.zeros(100, dtype=torch.int64))
     assert torch.equal(one.index, rb.random_partition(100, 7, seed=3).index)
+
+
+def test_one_batch_is_not_moved() -> None:
+    for num_tokens, batch_size in ((0, 2), (1, 2), (5, 5), (5, 9)):
+        part = rb.random_partition(num_tokens, batch_size, seed=1)
+        assert part.order.tolist() == list(range(num_tokens))
+        assert part.in_order
+    assert not rb.random_partition(6, 5, seed=1).in_order
 
 
 def test_gather_and_scatter_match_indexing() -> None:
@@ -181,6 +192,57 @@ def test_keys_are_63_bits_wide() -> None:
         for bit in range(63):
             ones = int(((keys >> bit) & 1).sum())
             assert abs(ones - number / 2) < 6 * number**0.5 / 2
+
+
+def test_drawn_seeds_are_63_bits_wide() -> None:
+    drawn = torch.tensor([draw_seed() for _ in range(4096)])
+    assert int(drawn.min()) >= 0
+    for bit in range(63):
+        assert abs(int(((drawn >> bit) & 1).sum()) - 2048) < 6 * 32
+
+
+def test_a_seed_is_not_drawn_for_each_sample_of_a_transform() -> None:
+    samples = torch.zeros(3, dtype=torch.int64)
+    found = torch.func.vmap(lambda x: x + draw_seed(), randomness="same")(samples)
+    assert found.unique().numel() == 1
+    with pytest.raises(NotImplementedError, match="say randomness='same'"):
+        torch.func.vmap(lambda x: x + draw_seed(), randomness="different")(samples)
+
+
+class Called(TorchDispatchMode):
+    """The operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operators.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_is_compiled_calls_the_hash_and_does_not_hold_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a compiler makes of its shifts and products may be other keys: it sees one operator, and the shape."""
+    cpu = torch.device("cpu")
+    keys = random_keys(9, 3, cpu)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with Called() as called:
+        assert torch.equal(random_keys(9, 3, cpu), keys)
+    assert torch.ops.randbatch.random_keys.default in called.operators
+    with FakeTensorMode(), Called() as called:
+        fake = random_keys(9, 3, cpu)
+    assert fake.shape == (9,)
+    assert fake.dtype == torch.int64
+    monkeypatch.undo()
+    with Called() as called:
+        random_keys(9, 3, cpu)
+    assert torch.ops.randbatch.random_keys.default not in called.operators  # nothing between
+
+
+def test_the_largest_set() -> None:
+    assert largest_set(7, None) == 7
+    assert largest_set(7, torch.tensor([5, 0, 5, 10**12, 5, 0, 3])) == 3
+    assert largest_set(0, torch.empty(0, dtype=torch.int64)) == 0
 
 
 def test_seeds_and_folds_differ() -> None:
@@ -335,6 +397,7 @@ def test_equal_graphs_are_split_independently_on_request() -> None:
         ({"groups": ((1, 3), (1, 2))}, ValueError, "as many tokens as order, 6, got 5"),
         ({"groups": ((1, 2), (1, 4))}, ValueError, "widest first"),
         ({"groups": ((-1, 4), (5, 2))}, ValueError, "rows >= 1"),
+        ({"groups": ((2, 3), (1, 0))}, ValueError, "widths >= 1"),
         ({"groups": [(2, 3)]}, TypeError, "groups must be a tuple"),
         ({"groups": ((2.0, 3),)}, TypeError, "groups must be a tuple"),
         ({"set_sizes": torch.tensor([6])}, ValueError, "given together"),

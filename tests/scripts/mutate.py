@@ -70,10 +70,11 @@ def read_parts(config: Path, root: Path) -> tuple[list[str], dict[str, Part]]:
 def _find(root: Path, patterns: Sequence[str], part: str) -> list[str]:
     found: list[str] = []
     for pattern in patterns:
-        files = sorted(str(file.relative_to(root)) for file in root.glob(pattern))
+        path, colons, test = pattern.partition("::")
+        files = sorted(str(file.relative_to(root)) for file in root.glob(path))
         if not files:
-            raise ValueError(f"part {part!r}: there is no file {pattern!r} below {root}")
-        found += [file for file in files if file not in found]
+            raise ValueError(f"part {part!r}: there is no file {path!r} below {root}")
+        found += [file + colons + test for file in files if file + colons + test not in found]
     return found
 
 
