@@ -181,7 +181,8 @@ def test_parts_under_one_config_are_undone_in_any_order() -> None:
 def test_a_saved_model_remembers_its_batches(tmp_path) -> None:
     """`from_pretrained` makes full attention; the config says what `convert` was told."""
     model = bert()
-    report = rb.convert(model, 3, rounds=2)
+    report = rb.convert(model, 3, rounds=2, seed=4, backend="reference")
+    assert model.config.random_batch == {"batch_size": 3, "rounds": 2, "seed": 4}  # the backend is of this machine
     model.save_pretrained(tmp_path)
     loaded = transformers.BertModel.from_pretrained(tmp_path, dtype=torch.float64).eval()
     again = rb.convert(loaded, **loaded.config.random_batch)

@@ -1,8 +1,8 @@
 """Hugging Face transformers: which of its attentions can be put into random batches, and how they are.
 
-A module keeps its forward; it gets a sampling, and its config an attention implementation that serves modules with one
-(see `hf_interface`). Its class becomes a subclass that refuses other tokens than the module's own, and that knows where
-it comes from when a copy is unpickled.
+A module keeps its forward. It gets settings, and its config an attention implementation that serves modules which hold
+some (see `hf_interface`). Its class becomes a subclass that refuses other tokens than the module's own, and that can be
+unpickled in another process.
 """
 
 from __future__ import annotations
