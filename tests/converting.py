@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import randbatch as rb
-from randbatch.nn import RandomBatchConfig
+from randbatch.execution import Call
 from randbatch.nn.config import config_of
 
 ONE_BATCH = 10**6
@@ -21,13 +21,13 @@ class Calls:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        draw = RandomBatchConfig.draw
+        draw = Call.draw
 
         def counted(*args, **kwargs):
             self.count += 1
             return draw(*args, **kwargs)
 
-        monkeypatch.setattr(RandomBatchConfig, "draw", counted)
+        monkeypatch.setattr(Call, "draw", counted)
 
 
 def outputs_and_gradients(model: nn.Module, call: Callable[[nn.Module], Tensor], grad: bool) -> list[Tensor]:

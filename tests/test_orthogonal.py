@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import randbatch as rb
+from randbatch.partition import Partitions
 from randbatch.partition.orthogonal import OrthogonalRounds, all_rounds, count_rounds, draw_rounds
 
 

@@ -46,7 +46,7 @@ class Table(Mapping[str, T], Generic[T]):
             ValueError: the name is taken.
         """
         if name in self._entries:
-            raise InvalidValue(f"name must be new, but there is a {self._argument} {name!r} already")
+            raise InvalidValue(f"{self._argument} {name!r} is registered already: choose another name")
         self._entries[name] = entry
 
     def remove(self, name: str) -> None:
@@ -65,7 +65,7 @@ class Table(Mapping[str, T], Generic[T]):
         if isinstance(entry, self._of):
             return entry
         raise InvalidType(
-            f"{self._argument} must be a name or a {self._of.__name__} object, got {type(cast(Any, entry)).__name__}"
+            f"{self._argument} must be a name, or an object of {self._of.__name__}, got {type(cast(Any, entry)).__name__}"
         )
 
     def __reduce__(self) -> Any:

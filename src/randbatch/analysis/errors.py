@@ -112,7 +112,7 @@ def attention_error(
     batch: Int[Tensor, " n"] | None = None,
     scale: float | None = None,
     batch_sizes: Sequence[int] = (64, 128, 256),
-    estimators: Sequence[str] = tuple(ESTIMATORS),
+    estimators: Sequence[str] | None = None,
     num_queries: int = 256,
     draws: int = 4,
     tolerance: float = 0.1,
@@ -133,7 +133,7 @@ def attention_error(
         batch: integers `[N]`, the graph of each token, for query, key and value only. Default: one graph.
         scale: factor of the logits, for query, key and value only. Default: 1/√D.
         batch_sizes: p >= 2 each, at which errors are measured.
-        estimators: the names of those to be measured.
+        estimators: the names of those to be measured. Default: all that can be known at a few tokens.
         num_queries: S. Default: 256, errors of about 5 %.
         draws: partitions that a mean squared error is over.
         tolerance: relative error > 0 that `batch_size_needed` and `rounds_needed` are for.

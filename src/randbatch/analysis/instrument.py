@@ -24,8 +24,15 @@ Measure = Callable[[str, Tensor, Tensor, Tensor, Tensor | None, float | None], T
 """What is done with the attention of a layer: its name, query, key, value, `batch` and scale → a result."""
 
 
-def check_compared(batch_sizes: Sequence[int], estimators: Sequence[str]) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Batch sizes, ascending, and names of estimators; an `InvalidValue` names what does not fit."""
+def check_compared(
+    batch_sizes: Sequence[int], estimators: Sequence[str] | None
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Batch sizes, ascending, and names of estimators; an `InvalidValue` names what does not fit.
+
+    Without names it is all that can be known at a few tokens.
+    """
+    if estimators is None:
+        estimators = [name for name, estimator in ESTIMATORS.items() if estimator.can_probe]
     sizes = tuple(sorted(check_integer("batch_sizes", p, 2) for p in batch_sizes))
     names = tuple(check_choice("estimators", name, ESTIMATORS) for name in estimators)
     check_several("batch_sizes", sizes)

@@ -63,7 +63,7 @@ def random_force(
     batch: Int[Tensor, " n"] | None = None,
     scale: float | None = None,
     batch_sizes: Sequence[int] = (32, 64, 128, 256, 512),
-    estimators: Sequence[str] = tuple(ESTIMATORS),
+    estimators: Sequence[str] | None = None,
     num_queries: int = 256,
     draws: int = 16,
     seed: int = 0,
@@ -83,7 +83,7 @@ def random_force(
         batch: integers `[N]`, the graph of each token, for query, key and value only. Default: one graph.
         scale: factor of the logits, for query, key and value only. Default: 1/√D.
         batch_sizes: p >= 2 each.
-        estimators: the names of those to be measured.
+        estimators: the names of those to be measured. Default: all that can be known at a few tokens.
         num_queries: S.
         draws: R >= 2 partitions, over which variance and mean are taken.
         seed: of the sample and the partitions.
@@ -230,7 +230,7 @@ def output_error(
     *inputs: Any,
     named_inputs: Mapping[str, Any] | None = None,
     batch_sizes: Sequence[int] = (32, 64, 128, 256, 512),
-    estimators: Sequence[str] = tuple(ESTIMATORS),
+    estimators: Sequence[str] | None = None,
     draws: int = 8,
     seed: int = 0,
     progress: bool = False,
@@ -245,7 +245,7 @@ def output_error(
         *inputs: its positional inputs.
         named_inputs: its keyword inputs.
         batch_sizes: p >= 2 each.
-        estimators: the names of those to be measured.
+        estimators: the names of those to be measured. Default: all that can be known at a few tokens.
         draws: R >= 2.
         seed: of the partitions; every layer and draw has its own.
         progress: whether to show a progress bar on a terminal; needs tqdm.

@@ -48,8 +48,9 @@ class Chunked(Strategy):
             return projections.finish(estimator.in_batches(interaction, projected, piece, options))
 
         total, number = call.first, 0
+        owner = interaction.owner_beside(projections.owner)
         for part in rounds.independent():
-            more = stream(compute, part, projections.tensors, chunk, projections.owner)
+            more = stream(compute, part, projections.tensors, chunk, owner)
             total, number = more if number == 0 else total + more, number + 1
         return total if number == 1 else total / number
 

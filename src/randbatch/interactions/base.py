@@ -236,6 +236,10 @@ class Interaction(Keyed):
         """
         return iter(())
 
+    def owner_beside(self, owner: nn.Module | None) -> nn.Module | None:
+        """The module whose parameters chunks are differentiated by: the owner of the projections, or itself."""
+        return self if owner is None and isinstance(self, nn.Module) else owner
+
     @property
     def averages(self) -> bool:
         """Whether several rounds are averaged, since there is nothing to merge."""

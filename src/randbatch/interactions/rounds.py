@@ -108,8 +108,9 @@ def merge_rounds(
     job = _Job(interaction, projections, rounds, debias, options, chunk)
     if chunk is not None:
         refuse_chunks(projections.owner)
-        job.closure = Closure(projections.owner)
-        job.replay = Replay(projections.tensors, projections.owner)
+        owner = interaction.owner_beside(projections.owner)
+        job.closure = Closure(owner)
+        job.replay = Replay(projections.tensors, owner)
         if torch.is_grad_enabled():
             _find_closure(job)
     out: Any = _MergeRounds.apply(job, *projections.tensors, *job.reads())
@@ -209,7 +210,9 @@ def _find_closure(job: _Job) -> None:
         since = mark()
         outs = list(job.projections.project(*own))
         if isinstance(job.interaction, nn.Module):
-            outs.append(job.interaction.others(piece, outs, job.options).out)
+            projected = list(outs)
+            outs.append(job.interaction.others(piece, projected, job.options).out)
+            outs.append(job.interaction.alone(piece, projected, job.options).out)
         job.closure.find(outs, own, since)
 
 

@@ -99,7 +99,7 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
         super().__init__(embed_dim, num_heads, dropout, bias, batch_first=batch_first, device=device, dtype=dtype)
         self.randbatch_config = config
         if isinstance(interaction, torch.nn.Module):
-            self.interaction = interaction
+            self.interaction = interaction.to(device=device, dtype=dtype)
         # TransformerEncoderLayer's fast path reads the weights and never calls forward; a hook turns it off.
         self.register_forward_pre_hook(no_fast_path)
 

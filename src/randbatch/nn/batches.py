@@ -16,7 +16,7 @@ from randbatch._numerics import as_autocast, check_tensor
 from randbatch._shapes import Bool, Int, Shaped
 from randbatch.estimators import ESTIMATORS
 from randbatch.execution import run
-from randbatch.interactions import Function
+from randbatch.interactions import Function, Options
 from randbatch.interactions.rounds import Projections
 from randbatch.nn.config import RandomBatchConfig
 
@@ -74,8 +74,10 @@ def apply_in_batches(
     if config.chunk_batches == "auto":
         raise InvalidValue("chunk_batches must be an int or None here: what any function needs of memory is not known")
     call = config.call(Projections((x,), owner=owner), training, padded=padded, batch=batch, mask=mask)
-    # the estimator of a model's config is for its softmax attentions: of a function there is nothing to correct
-    return run(call.but(interaction=Function(function), estimator=ESTIMATORS["plain"], observer=None))
+    # estimator and backend of a model's config are for its softmax attentions: of a function nothing is known
+    return run(
+        call.but(interaction=Function(function), estimator=ESTIMATORS["plain"], options=Options(), observer=None)
+    )  # fmt: skip
 
 
 def _check_form(name: str, x: Tensor, flat: int, mask: Tensor | None, batch: Tensor | None) -> bool:
