@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import randbatch as rb
+from randbatch.estimators import ESTIMATORS
+from randbatch.interactions import INTERACTIONS
 from randbatch.models import GraphTransformer
 from randbatch.nn import RandomBatch, RandomBatchAttention
 from randbatch.partition import random_subsets
@@ -157,9 +159,11 @@ def compare(name: str, training: bool, backend: str) -> None:
 def check_operators() -> None:
     """torch's own checks of an operator: schema, shapes and strides, autograd."""
     qkv = [torch.randn(52, 2, 4, requires_grad=True) for _ in range(3)]
-    settings = (None, GRAPHS, False, "softmax", 8, "corrected", 2, None, "auto", 3, False, "None", None, 0.0)
+    interaction, estimator = INTERACTIONS["softmax"].key, ESTIMATORS["corrected"].key
+    settings = (interaction, estimator, None, 0.0, "auto", 8, 2, 3, "None", False)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(torch.ops.randbatch.attend_opaquely, (*qkv, torch.empty(0), *settings), test_utils=tests)
+    args = (qkv, [], None, GRAPHS, torch.empty(0), *settings)
+    torch.library.opcheck(torch.ops.randbatch.attend_opaquely, args, test_utils=tests)
     order = (torch.empty(0), 52, 3, torch.device("cpu"))
     torch.library.opcheck(torch.ops.randbatch.random_order, order, test_utils=tests)
     torch.library.opcheck(torch.ops.randbatch.random_keys, order[1:], test_utils=tests)

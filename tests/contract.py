@@ -25,8 +25,8 @@ from randbatch.estimators import ESTIMATORS
 from randbatch.interactions import INTERACTIONS, Block, Interaction, Kind, Options, Sets, Softmax
 from randbatch.kernels import BACKENDS
 from randbatch.nn import RandomBatchAttention
-from randbatch.orthogonal import draw_rounds
 from randbatch.partition import Partition
+from randbatch.partition.orthogonal import draw_rounds
 
 with registered():
     INTERACTION_NAMES, ESTIMATOR_NAMES, BACKEND_NAMES = list(INTERACTIONS), list(ESTIMATORS), list(BACKENDS)

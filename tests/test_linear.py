@@ -124,7 +124,6 @@ def test_rounds_keep_the_dtype(dtype: torch.dtype) -> None:
     assert out.dtype == dtype
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(out.double(), by_formula(query, key, value)[0], rtol=20 * eps, atol=20 * eps)
-    assert linear_attention(query, key, value, rb.random_partition(24, 4), Options())[1] is None
 
 
 def test_the_gradient_at_zero_is_that_of_elu() -> None:

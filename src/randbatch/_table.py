@@ -64,9 +64,8 @@ class Table(Mapping[str, T], Generic[T]):
             return self[entry if entry in self._entries else check_choice(self._argument, entry, self._entries)]
         if isinstance(entry, self._of):
             return entry
-        raise InvalidType(
-            f"{self._argument} must be a name, or an object of {self._of.__name__}, got {type(cast(Any, entry)).__name__}"
-        )
+        kind = type(cast(Any, entry)).__name__
+        raise InvalidType(f"{self._argument} must be a name, or an object of {self._of.__name__}, got {kind}")
 
     def __reduce__(self) -> Any:
         return _found, (self._argument,)

@@ -34,7 +34,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 import randbatch as rb
-from randbatch.execution import Call
+from randbatch.nn import RandomBatchConfig
 from randbatch.nn.config import config_of
 
 ONE_BATCH = 10**6
@@ -217,20 +217,20 @@ def judge(model: Any, inputs: dict[str, Tensor]) -> tuple[str, list[str]]:
     for module in converted.modules():
         if config_of(module):
             module.register_forward_pre_hook(lambda module, _: entered.add(id(config_of(module))))
-    draw = Call.draw
+    draw = RandomBatchConfig.call
 
     def counted(self: RandomBatchConfig, *args: Any, **kwargs: Any) -> Any:
         drawn.add(id(self))
         return draw(self, *args, **kwargs)
 
-    Call.draw = counted
+    RandomBatchConfig.call = counted
     try:
         got = call(converted, inputs)
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         return "FAIL", [f"{type(error).__name__}: {error} ({last.filename.split('/')[-1]}:{last.lineno})"[:400]]
     finally:
-        Call.draw = draw
+        RandomBatchConfig.call = draw
     reasons = sorted({f"{row.kind}: {row.reason}" for row in report.left_alone})
     silent = [path for key, path in samplings.items() if key in entered and key not in drawn]
     if silent:

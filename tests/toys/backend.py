@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from randbatch import kernels
-from randbatch.kernels.blocks import in_blocks
+from randbatch.kernels.dense import in_blocks
 
 
 def why_not(problem: kernels.Problem) -> str | None:

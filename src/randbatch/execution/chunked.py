@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from randbatch.execution.call import Call
-from randbatch.execution.table import Strategy
+from randbatch.execution.table import UNTRACED_FUNCTION, Strategy
 from randbatch.partition import Partition
 from randbatch.streaming import piece_size, stream
 
@@ -30,11 +30,8 @@ class Chunked(Strategy):
 
     def run(self, call: Call) -> Tensor:
         """A chunk is a contiguous range of batches."""
-        if torch.compiler.is_compiling():  # of a function; others are opaque
-            raise NotImplementedError(
-                "torch.compile cannot trace chunk_batches of a wrapped module: leave it out, or compile without "
-                "fullgraph=True"
-            )
+        if torch.compiler.is_compiling():  # all but functions are opaque there
+            raise NotImplementedError(UNTRACED_FUNCTION)
         projections, interaction, estimator, options = call.projections, call.interaction, call.estimator, call.options
         rounds = call.draw()
         if rounds.num_tokens == 0:

@@ -17,9 +17,14 @@ from torch import Tensor
 
 from randbatch.execution.call import Call
 
-__all__ = ["STRATEGIES", "Choice", "Strategy", "record", "run"]
+__all__ = ["STRATEGIES", "UNTRACED_FUNCTION", "Choice", "Strategy", "record", "run"]
 
 _log = logging.getLogger("randbatch")
+
+UNTRACED_FUNCTION = (
+    "torch.compile cannot trace chunk_batches, or several rounds in training, of a wrapped module: leave them out, or "
+    "compile without fullgraph=True"
+)
 
 
 class Strategy:

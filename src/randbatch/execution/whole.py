@@ -11,7 +11,7 @@ from torch import Tensor
 from randbatch._numerics import as_autocast
 from randbatch.execution.call import Call
 from randbatch.execution.padding import PaddedSets
-from randbatch.execution.table import Strategy, run
+from randbatch.execution.table import UNTRACED_FUNCTION, Strategy, run
 from randbatch.interactions.rounds import Projections
 from randbatch.partition import draw_seed
 from randbatch.tolerance import choose_rounds
@@ -100,10 +100,7 @@ class Whole(Strategy):
         """Without a projection tokens stay where they stand, and a backend gathers them itself."""
         projections, interaction, estimator, options = call.projections, call.interaction, call.estimator, call.options
         if torch.compiler.is_compiling() and call.rounds > 1 and call.seed is None and not call.exact:
-            raise NotImplementedError(
-                "torch.compile cannot trace several rounds of a wrapped module in training: set rounds to 1, or "
-                "compile without fullgraph=True"
-            )
+            raise NotImplementedError(UNTRACED_FUNCTION)
         rounds = call.draw()
         part = rounds.only
         if rounds.num_tokens == 0:

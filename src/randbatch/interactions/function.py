@@ -29,6 +29,10 @@ class Function(Interaction):
     projections = ("x",)
     can_trace = is_closed = True
 
+    def __new__(cls, function: Callable[[Tensor], Tensor]) -> Function:
+        """Without a key: no operator can hold it, and it is made while `torch.compile` traces."""
+        return object.__new__(cls)
+
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         self.function = function
 

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from randbatch._errors import InvalidType
 from randbatch._numerics import wide_dtype
 from randbatch._shapes import Float
-from randbatch.interactions.base import Block, Interaction, Kind
+from randbatch.interactions.base import Block, Interaction, Kind, not_self
 from randbatch.interactions.merge import Partial
 
 __all__ = ["Linear"]
+
+_SMALL = 32  # tokens of a batch whose pairs cost no more than the sums do
 
 FeatureMap = Callable[[Tensor], Tensor]
 
@@ -57,14 +59,15 @@ class Linear(Interaction):
         return self._attend(*projected)[0].to(projected[2].dtype)
 
     def partial(self, block: Block, *projected: Float[Tensor, "m p h _"]) -> Partial:
-        """The sums less what a token added to them.
+        """The other tokens: from the weights of all pairs in small batches, else the sums less what a token added.
 
-        Where hardly anything is left, the rest is taken for as much as rounding leaves unknown.
+        Small batches come in many rounds, in which a difference would lose a digit for every ten. Where hardly anything
+        is left of a difference, the rest is taken for as much as rounding leaves unknown.
         """
         query, key, value = projected
+        if query.shape[1] <= max(_SMALL, query.shape[3]):
+            return self._pairs(query, key, value)
         out, log_norm = self._attend(query, key, value)
-        if query.shape[1] == 1:
-            return Partial(torch.zeros_like(value), torch.full_like(log_norm, -torch.inf))
         share = (self._log_own_weight(query, key) - log_norm).exp()
         rest = (1 - share).clamp(min=torch.finfo(share.dtype).eps)
         return Partial((out - share.unsqueeze(-1) * value) / rest.unsqueeze(-1), log_norm + rest.log())
@@ -73,6 +76,22 @@ class Linear(Interaction):
         """A token's value, and the logarithm of its weight on itself."""
         query, key, value = projected
         return Partial(value, self._log_own_weight(query, key))
+
+    def _pairs(self, query: Tensor, key: Tensor, value: Tensor) -> Partial:
+        """The other tokens of small batches."""
+        dtype, tiny = wide_dtype(query), torch.finfo(wide_dtype(query)).tiny
+        with torch.autocast(query.device.type, enabled=False):
+            if self.feature_map is None:
+                query_map, key_map, taken_out = _maps(query.to(dtype), key.to(dtype))
+            else:
+                query_map, key_map, taken_out = self._map(query), self._map(key), query.new_zeros((), dtype=dtype)
+            others = not_self(query.shape[1], query.device)
+            weights = torch.einsum("mqhd,mphd->mqhp", query_map, key_map) * others
+            total = weights.sum(dim=-1)
+            some = total > 0
+            norm = total.clamp(min=tiny)
+            out = torch.einsum("mqhp,mphe->mqhe", weights, value.to(dtype)) / norm.unsqueeze(-1)
+            return Partial(out, torch.where(some, norm.log() + taken_out, -torch.inf))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if self.feature_map is None:
@@ -100,20 +119,37 @@ def _attend(
     """Output and log of the denominator of batches of one size."""
     dtype = wide_dtype(query)
     with torch.autocast(query.device.type, enabled=False):  # autocast would round the sums over the batch
-        query, key = query.to(dtype), key.to(dtype)
-        query_map, query_shift, query_factor = _scale(query, dim=3)
-        key_map, key_top, key_factor = _scale(key, dim=1)  # [M, 1, H, D] both
-        key_shift, most = (x.amax(dim=3, keepdim=True) for x in (key_top, key_factor))
-        logs = query_map + (key_top - key_shift)
-        shift = logs.detach().amax(dim=3, keepdim=True)
-        query_map = (logs - shift).exp() * _rest(query, query_factor)
-        key_map = key_map.exp() * _rest(key, key_factor)
-        key_factor = (key_factor / most).squeeze(1)
+        query_map, query_out = _query_map(query.to(dtype), key.to(dtype))
+        key_map, key_factor, key_out = _key_map(key.to(dtype))
         summary = torch.einsum("mphd,mphe->mhde", key_map, value.to(dtype)) * key_factor.unsqueeze(-1)
         norm = torch.einsum("mphd,mhd->mph", query_map, key_map.sum(dim=1) * key_factor)
         out = torch.einsum("mphd,mhde->mphe", query_map, summary) / norm.unsqueeze(-1)
-        taken_out = shift + (query_shift + query_factor.log()) + (key_shift + most.log())
-        return out, norm.log() + taken_out.squeeze(3)
+        return out, norm.log() + (query_out + key_out).squeeze(3)
+
+
+def _maps(
+    query: Float[Tensor, "m p h d"], key: Float[Tensor, "m p h d"]
+) -> tuple[Float[Tensor, "m p h d"], Float[Tensor, "m p h d"], Float[Tensor, "m p h"]]:
+    """φ of queries and keys but for factors, and the logarithm of the factor of every query's sums."""
+    query_map, query_out = _query_map(query, key)
+    key_map, key_factor, key_out = _key_map(key)
+    return query_map, key_map * key_factor.unsqueeze(1), (query_out + key_out).squeeze(3)
+
+
+def _query_map(query: Float[Tensor, "m p h d"], key: Float[Tensor, "m p h d"]) -> tuple[Tensor, Tensor]:
+    """With the largest of every dimension of the keys in it, and less its own largest."""
+    query_map, query_shift, query_factor = _scale(query, dim=3)
+    _, key_top, _ = _scale(key, dim=1)
+    logs = query_map + (key_top - key_top.amax(dim=3, keepdim=True))
+    shift = logs.detach().amax(dim=3, keepdim=True)
+    return (logs - shift).exp() * _rest(query, query_factor), shift + (query_shift + query_factor.log())
+
+
+def _key_map(key: Float[Tensor, "m p h d"]) -> tuple[Tensor, Float[Tensor, "m h d"], Tensor]:
+    """Less the largest of every dimension; the factors of the dimensions that are left; what is taken out of all."""
+    key_map, key_top, key_factor = _scale(key, dim=1)  # [M, 1, H, D] both
+    key_shift, most = (x.amax(dim=3, keepdim=True) for x in (key_top, key_factor))
+    return key_map.exp() * _rest(key, key_factor), (key_factor / most).squeeze(1), key_shift + most.log()
 
 
 # φ(x) = e^min(x, 0) (1 + max(x, 0)); the slope at 0 is 1. What is taken out of either factor is no part of the result,
