@@ -25,13 +25,13 @@ from randbatch.estimators import ESTIMATORS
 from randbatch.interactions import INTERACTIONS, Block, Interaction, Kind, Options, Sets, Softmax
 from randbatch.kernels import BACKENDS
 from randbatch.nn import RandomBatchAttention
-from randbatch.partition import Partition
-from randbatch.partition.orthogonal import draw_rounds
+from randbatch.partition import Partition, draw_rounds
 
 with registered():
     INTERACTION_NAMES, ESTIMATOR_NAMES, BACKEND_NAMES = list(INTERACTIONS), list(ESTIMATORS), list(BACKENDS)
     MERGING = [name for name in INTERACTIONS if INTERACTIONS[name].can_merge]
     LAYERED = [name for name in INTERACTIONS if INTERACTIONS[name].projections == Softmax.projections]
+    AVERAGING = [name for name in INTERACTIONS if INTERACTIONS[name].averages]
     LEARNED = [name for name in INTERACTIONS if isinstance(INTERACTIONS[name], nn.Module)]
     PAIRS = [(e, i) for e in ESTIMATORS for i in INTERACTIONS]
     SERVED = [(e, i) for e, i in PAIRS if ESTIMATORS[e].why_not(INTERACTIONS[i]) is None]
@@ -123,6 +123,13 @@ def definition(
     return torch.cat(outs)[torch.cat(rows).argsort()]
 
 
+def in_batches(interaction: Interaction, projected: list[Tensor], part: Partition) -> Tensor:
+    """The interaction over every batch of one set, which is not the same as the estimate by some estimators."""
+    block = Block(Options(), torch.tensor([len(projected[0])]), None, whole_block(interaction, projected).statistics)
+    blocks = zip(*(part.split(part.pack(x)) for x in projected), strict=True)
+    return part.unpack(part.join([interaction.attend(block, *each) for each in blocks]))
+
+
 def weights(interaction: Interaction, projected: list[Tensor], batch: Tensor | None = None) -> Tensor:
     """`[N, H, N]`: what each value counts in each output of the full interaction."""
     *others, value = projected
@@ -156,9 +163,10 @@ def estimate(
     return out / (constant + numerator.sum(-1)).unsqueeze(-1)
 
 
-def met_in(n: int, batch_size: int, rounds: int, batch: Tensor | None, seed: int) -> Tensor:
-    """Who shares a batch in the rounds of a call."""
-    return met_matrix(draw_rounds(n, batch_size, rounds, batch=batch, seed=seed), n)
+def met_in(n: int, batch_size: int, rounds: int, batch: Tensor | None, seed: int, *, averages: bool = False) -> Tensor:
+    """Who shares a batch in the rounds of a call; where outputs are averaged, these are independent."""
+    parts = draw_rounds(n, batch_size, rounds, batch=batch, seed=seed)
+    return met_matrix(parts.independent() if averages else parts, n)
 
 
 def op(interaction: str | Interaction, projected: list[Tensor], **options: Any) -> Tensor:

@@ -15,7 +15,6 @@ import randbatch as rb
 from randbatch._errors import InvalidType, InvalidValue
 from randbatch.estimators import ESTIMATORS, Estimator
 from randbatch.estimators.probe import Probe
-from randbatch.interactions import Block, Options
 
 pytestmark = pytest.mark.usefixtures("toys")
 every = pytest.mark.parametrize("estimator", contract.ESTIMATOR_NAMES)
@@ -98,10 +97,7 @@ def test_what_is_called_the_identity_is_the_in_batch_output(estimator: str, name
     interaction = make(name)
     inputs = [x.detach() for x in inputs_of(interaction)]
     part = rb.random_partition(N, 4, seed=3)
-    statistics = contract.whole_block(interaction, inputs).statistics
-    block = Block(Options(), torch.tensor([N]), None, statistics)
-    blocks = zip(*(part.split(part.pack(x)) for x in inputs), strict=True)
-    in_batch = part.unpack(part.join([interaction.attend(block, *each) for each in blocks]))
+    in_batch = contract.in_batches(interaction, inputs, part)
     same = torch.allclose(op(interaction, inputs, partition=part, estimator=estimator), in_batch, **EXACT)
     assert same == ESTIMATORS[estimator].is_identity
 

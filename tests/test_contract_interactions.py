@@ -111,6 +111,19 @@ def test_rounds_are_the_formula_over_those_that_were_met(
     close(results(out, inputs, interaction), results(want, inputs, interaction), rtol=1e-10)
 
 
+@pytest.mark.parametrize("name", contract.AVERAGING)
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_rounds_of_what_cannot_be_merged_are_averaged(name: str, chunk: int | None) -> None:
+    """Over independent partitions."""
+    interaction = make(name)
+    inputs = inputs_of(interaction)
+    parts = list(contract.draw_rounds(N, 4, 3, seed=3).independent())
+    assert len(parts) == 3
+    want = torch.stack([contract.in_batches(interaction, inputs, part) for part in parts]).mean(0)
+    out = op(interaction, inputs, rounds=3, chunk_batches=chunk)
+    close(results(out, inputs, interaction), results(want, inputs, interaction))
+
+
 @every
 @pytest.mark.parametrize("options", contract.MODES.values(), ids=contract.MODES)
 def test_what_has_no_rule_is_refused(name: str, options: dict) -> None:
@@ -284,7 +297,7 @@ def test_nan_stays_where_it_belongs(name: str, options: dict) -> None:
     if not contract.takes(interaction, **options):
         pytest.skip("it is refused")
     inputs = [x.detach() for x in inputs_of(interaction)]
-    meets = contract.met_in(N, 4, options.get("rounds", 1), GRAPHS, seed=3)[1]
+    meets = contract.met_in(N, 4, options.get("rounds", 1), GRAPHS, seed=3, averages=interaction.averages)[1]
     meets = GRAPHS[1] == GRAPHS if interaction.statistics else meets
     meets[1] = True
     clean = op(interaction, inputs, batch=GRAPHS, **options)

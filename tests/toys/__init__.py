@@ -14,7 +14,7 @@ from randbatch.estimators import ESTIMATORS
 from randbatch.interactions import INTERACTIONS
 from randbatch.kernels import BACKENDS
 
-TOYS = ("interaction", "summed", "learned", "statistics", "estimator", "backend")
+TOYS = ("interaction", "summed", "learned", "statistics", "two_axes", "estimator", "backend")
 TABLES = (INTERACTIONS, ESTIMATORS, BACKENDS)
 _inside = False
 
