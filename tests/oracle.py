@@ -205,10 +205,10 @@ def averaged(tokens: Tensor, blocks: Sequence[Tensor], rounds: int, apply: Calla
 Results = dict[str, Tensor]
 """Outputs and derivatives by name; the first word is their kind."""
 
-# In the last place, beside twice the error of the plain formula. What is computed exactly is rounded once; where an
+# In the last place, beside twice the error of the plain formula. What is computed exactly is rounded once. Where an
 # exponential is computed again from a log-sum-exp, a logit of 10 has 10 of them, which half precision, whose sums are
-# of float32, does not see.
-UNITS = {torch.float64: 16, torch.float32: 8, torch.bfloat16: 2, torch.float16: 2}
+# of float32, does not see; and where a gradient cancels (a token alone), what is left is of the size of its terms.
+UNITS = {torch.float64: 64, torch.float32: 8, torch.bfloat16: 2, torch.float16: 2}
 
 
 @dataclass

@@ -96,6 +96,9 @@ def test_it_goes_on_where_it_was_and_takes_answers(toy: Path) -> None:
     moved = mutate(toy, "--ids", survivor.replace(":12:", ":13:"))
     assert moved.returncode == 0, moved.stdout
     assert "survived" in moved.stdout
+    assert "Answers that fit no mutant: 0" in moved.stdout
+    (toy / "src/toy.py").write_text(TOY.replace("> 1000", "> 2000"))
+    assert "Answers that fit no mutant: 1" in mutate(toy, "--report").stdout
 
 
 def test_tests_that_do_not_pass_or_import_nothing_are_told(toy: Path) -> None:

@@ -8,13 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 import randbatch as rb
-from randbatch._seeds import draw_seed, hash_positions, random_keys
-from randbatch.partition import Partition, fold_seed
+from randbatch.partition import Partition, balanced_groups, fold_seed
 from randbatch.partition.orthogonal import draw_rounds
-from randbatch.partition.sets import largest_set
+from randbatch.partition.sets import largest_set, number_sets
 
 
 def check_partition(part: rb.Partition, num_tokens: int, batch_size: int, graph: torch.Tensor | None = None) -> None:
@@ -67,6 +66,56 @@ def test_one_batch_is_not_moved() -> None:
         assert part.order.tolist() == list(range(num_tokens))
         assert part.in_order
     assert not rb.random_partition(6, 5, seed=1).in_order
+
+
+def test_no_tokens_are_no_batches() -> None:
+    part = Partition(torch.empty(0, dtype=torch.int64), ())
+    assert part.num_slots == part.num_batches == 0
+    assert part.gather(torch.ones(0, 3)).shape == (0, 0, 3)
+    assert part.scatter(torch.ones(0, 0, 3)).shape == (0, 3)
+    assert part.index.shape == (0, 0)
+    assert part.count_met().shape == part.count_others().shape == (0,)
+
+
+def test_whole_sets_are_told() -> None:
+    sets = torch.tensor([0, 1, 1, 0, 1, 1, 1])
+    assert rb.random_partition(7, 7).is_whole
+    assert not rb.random_partition(7, 6).is_whole
+    assert rb.random_partition(7, 5, batch=sets).is_whole
+    assert not rb.random_partition(7, 4, batch=sets).is_whole
+    assert not next(rb.random_partition(7, 4).chunks(1))[1].is_whole
+    assert all(piece.is_whole for _, piece in rb.random_partition(7, 5, batch=sets).chunks(1))
+
+
+@pytest.mark.parametrize("batch", [None, torch.tensor([3, 0, 3, 3, 0, 3, 3, 7, 3, 3, 3])])
+def test_others_are_counted(batch: torch.Tensor | None) -> None:
+    """Those that a token meets, and those that there are, one by one."""
+    part = rb.random_partition(11, 4, batch=batch, seed=1)
+    sets = torch.zeros(11, dtype=torch.int64) if batch is None else batch
+    met = torch.zeros(11, dtype=torch.int64)
+    for block in part.split(part.order):
+        for row in block:
+            met[row] = len(row) - 1
+    assert part.unpack(part.count_met()).tolist() == met.tolist()
+    assert part.unpack(part.count_others()).tolist() == [int((sets == each).sum()) - 1 for each in sets]
+    for tokens, piece in part.chunks(2):
+        assert piece.count_met().tolist() == met[tokens].tolist()
+        assert piece.count_others().tolist() == [int((sets == sets[token]).sum()) - 1 for token in tokens]
+
+
+@pytest.mark.unchecked
+def test_one_program_serves_any_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is traced, N is a symbol: nothing is asked of it, and a size without batches stays."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    shapes = ShapeEnv()
+    with FakeTensorMode(shape_env=shapes) as mode:
+        symbol = mode.from_tensor(torch.empty(37), symbolic_context=StatelessSymbolicContext([DimDynamic.DYNAMIC]))
+        before = len(shapes.guards)
+        groups = balanced_groups(symbol.shape[0] + 16, 8)
+        assert len(groups) == 2
+        assert len(shapes.guards) - before <= 1  # that there is a batch
+    assert [(int(rows), int(width)) for rows, width in groups] == [(4, 8), (3, 7)]
+    assert balanced_groups(16, 8) == ((2, 8),)
 
 
 def test_gather_and_scatter_match_indexing() -> None:
@@ -152,91 +201,15 @@ print(hash(tuple(rb.random_partition(100_000, 64, seed=9).order.tolist())))
     assert len(runs) == 1
 
 
-_WORD = 2**64
-_STRIDE = 0x9E3779B97F4A7C15
-
-
-def splitmix(state: int) -> int:
-    """The next number of splitmix64 (Steele, Lea, Flood 2014), from its state: as it is printed there, in C."""
-    z = (state + _STRIDE) % _WORD
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % _WORD
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % _WORD
-    return z ^ (z >> 31)
-
-
-SEEDS = [0, 1, -1, 2**63 - 1, 2**63, -(2**63), 2**64 + 5, 3**50]
-
-
-def test_keys_are_the_numbers_of_splitmix64() -> None:
-    """The first of them for seed 1234567 are known (Rosetta Code, "Pseudo-random numbers/Splitmix64")."""
-    known = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
-    assert [splitmix(1234567 + i * _STRIDE) for i in range(4)] == known
-    cpu = torch.device("cpu")
-    for seed in SEEDS:
-        start = splitmix(seed % _WORD - _STRIDE)  # the hash of the seed is where the numbers of tokens begin
-        numbers = [splitmix(start + (i - 1) * _STRIDE) % 2**63 for i in range(50)]
-        assert random_keys(50, seed, cpu).tolist() == numbers
-        places, salts = [7, 0, 49, 7], [0, 1, 2**62, 3]
-        assert hash_positions(torch.tensor(places), seed).tolist() == [numbers[i] for i in places]
-        salted = [splitmix(start + (i - 1) * _STRIDE + salt) % 2**63 for i, salt in zip(places, salts, strict=True)]
-        assert hash_positions(torch.tensor(places), seed, torch.tensor(salts)).tolist() == salted
-        assert [fold_seed(seed, i) for i in (0, 1, 9)] == [splitmix(start + i * _STRIDE) // 2 for i in (0, 1, 9)]
-
-
-def test_keys_are_63_bits_wide() -> None:
-    """Tokens of equal keys stay in their order, so none are: 2^20 keys of b bits have 2^(39 − b) equal pairs."""
-    number = 2**20
-    for keys in (random_keys(number, 1, torch.device("cpu")), hash_positions(torch.arange(number), 1)):
-        assert int(keys.min()) >= 0
-        assert keys.unique().numel() == number  # at 63 bits two are equal with probability 6e-8
-        for bit in range(63):
-            ones = int(((keys >> bit) & 1).sum())
-            assert abs(ones - number / 2) < 6 * number**0.5 / 2
-
-
-def test_drawn_seeds_are_63_bits_wide() -> None:
-    drawn = torch.tensor([draw_seed() for _ in range(4096)])
-    assert int(drawn.min()) >= 0
-    for bit in range(63):
-        assert abs(int(((drawn >> bit) & 1).sum()) - 2048) < 6 * 32
-
-
-def test_a_seed_is_not_drawn_for_each_sample_of_a_transform() -> None:
-    samples = torch.zeros(3, dtype=torch.int64)
-    found = torch.func.vmap(lambda x: x + draw_seed(), randomness="same")(samples)
-    assert found.unique().numel() == 1
-    with pytest.raises(NotImplementedError, match="say randomness='same'"):
-        torch.func.vmap(lambda x: x + draw_seed(), randomness="different")(samples)
-
-
-class Called(TorchDispatchMode):
-    """The operators that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operators: list = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.operators.append(func)
-        return func(*args, **(kwargs or {}))
-
-
-def test_what_is_compiled_calls_the_hash_and_does_not_hold_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a compiler makes of its shifts and products may be other keys: it sees one operator, and the shape."""
-    cpu = torch.device("cpu")
-    keys = random_keys(9, 3, cpu)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    with Called() as called:
-        assert torch.equal(random_keys(9, 3, cpu), keys)
-    assert torch.ops.randbatch.random_keys.default in called.operators
-    with FakeTensorMode(), Called() as called:
-        fake = random_keys(9, 3, cpu)
-    assert fake.shape == (9,)
-    assert fake.dtype == torch.int64
-    monkeypatch.undo()
-    with Called() as called:
-        random_keys(9, 3, cpu)
-    assert torch.ops.randbatch.random_keys.default not in called.operators  # nothing between
+def test_sets_are_numbered_and_told_to_be_in_order() -> None:
+    for batch, number, ordered in (
+        ([4, 4, 7, 7, 7, 10**12], [0, 0, 1, 1, 1, 2], True),
+        ([7, 4, 7, 10**12, 4, 7], [1, 0, 1, 2, 0, 1], False),
+    ):
+        numbers, sizes, in_order = number_sets(torch.tensor(batch))
+        assert numbers.tolist() == number
+        assert sizes.tolist() == [2, 3, 1]
+        assert in_order is ordered
 
 
 def test_the_largest_set() -> None:
@@ -383,35 +356,12 @@ def test_equal_graphs_are_split_independently_on_request() -> None:
     assert len({frozenset(_batches(alike, start, start + 12)) for start in range(0, 1200, 12)}) == 1
 
 
-@pytest.mark.unchecked
-@pytest.mark.parametrize(
-    ("change", "error", "why"),
-    [
-        ({"order": torch.arange(6, dtype=torch.int32)}, TypeError, "order must be int64"),
-        ({"order": [0, 1, 2, 3, 4, 5]}, TypeError, "order must be a tensor"),
-        ({"order": torch.arange(6).view(2, 3)}, ValueError, "order must have one dimension"),
-        ({"order": torch.tensor([0, 1, 2, 3, 4, 6])}, ValueError, "tokens 0 to 5, got 6"),
-        ({"order": torch.tensor([0, 1, 2, -1, 4, 5])}, ValueError, "tokens 0 to 5, got -1"),
-        ({"order": torch.tensor([0, 1, 2, 3, 4, 4])}, ValueError, "5 is missing"),
-        ({"groups": ((2, 4),)}, ValueError, "as many tokens as order, 6, got 8"),
-        ({"groups": ((1, 3), (1, 2))}, ValueError, "as many tokens as order, 6, got 5"),
-        ({"groups": ((1, 2), (1, 4))}, ValueError, "widest first"),
-        ({"groups": ((-1, 4), (5, 2))}, ValueError, "rows >= 1"),
-        ({"groups": ((2, 3), (1, 0))}, ValueError, "widths >= 1"),
-        ({"groups": [(2, 3)]}, TypeError, "groups must be a tuple"),
-        ({"groups": ((2.0, 3),)}, TypeError, "groups must be a tuple"),
-        ({"set_sizes": torch.tensor([6])}, ValueError, "given together"),
-        ({"set_of_batch": torch.tensor([0, 1]), "set_sizes": torch.tensor([6])}, ValueError, "sets 0 to 0"),
-        ({"set_of_batch": torch.tensor([0, 0]), "set_sizes": torch.tensor([5])}, ValueError, "set_sizes must be"),
-        ({"set_of_batch": torch.tensor([0]), "set_sizes": torch.tensor([6])}, ValueError, "each of 2 batches"),
-        ({"order": torch.tensor([1, 0, 2, 3, 4, 5]), "in_order": True}, ValueError, "in_order"),
-    ],
-)
-def test_a_partition_is_checked_where_it_is_made(change: dict, error: type[Exception], why: str) -> None:
-    good = {"order": torch.tensor([3, 1, 2, 0, 5, 4]), "groups": ((2, 3),)}
-    assert Partition(**good).num_batches == 2
-    with pytest.raises(error, match=why):
-        Partition(**(good | change))
+def test_what_stands_in_order_is_not_copied() -> None:
+    x = torch.randn(12, 3)
+    part = rb.random_partition(12, 4).packed()
+    assert part.pack(x) is x
+    assert part.unpack(x) is x
+    assert part.gather(x).data_ptr() == x.data_ptr()
 
 
 def test_partitions_made_in_inference_mode_can_train() -> None:

@@ -140,12 +140,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def choose(parts: Mapping[str, Part], options: argparse.Namespace) -> dict[str, list[Mutant]]:
+def choose(made: Mapping[str, Sequence[Mutant]], options: argparse.Namespace) -> dict[str, list[Mutant]]:
     """The mutants that were asked for, by part; a `ValueError` for names that there are not."""
-    unknown = set(options.part or ()) - set(parts)
+    unknown = set(options.part or ()) - set(made)
     if unknown:
-        raise ValueError(f"--part must be one of {list(parts)}, got {sorted(unknown)}")
-    made = {name: part.mutants() for name, part in parts.items() if not options.part or name in options.part}
+        raise ValueError(f"--part must be one of {list(made)}, got {sorted(unknown)}")
+    made = {name: mutants for name, mutants in made.items() if not options.part or name in options.part}
     every = [mutant for mutants in made.values() for mutant in mutants]
     if options.ids:
         missing = set(options.ids) - {mutant.name for mutant in every}
@@ -160,7 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     root = options.root.resolve()
     out = options.out or root / "build" / "mutants.jsonl"
     modules, parts = read_parts(options.config, root)
-    chosen = choose(parts, options)
+    made = {name: part.mutants() for name, part in parts.items()}
+    chosen = choose(made, options)
     answers = results.read_answers(options.answers)
     if options.list:
         for mutant in (mutant for mutants in chosen.values() for mutant in mutants):
@@ -180,6 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n\n".join(results.write_question(mutant) for mutant in asked))
     else:
         print(results.report(chosen, records, answers))
+        stale = results.find_stale(answers, (mutant for mutants in made.values() for mutant in mutants))
+        print("\n".join(["", f"Answers that fit no mutant: {len(stale)}", *stale]))
     return int("open" in states or "error" in states)
 
 

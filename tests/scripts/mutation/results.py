@@ -71,6 +71,13 @@ def write_question(mutant: Mutant) -> str:
     return "\n".join(["[[survivor]]", *lines, 'why = ""'])
 
 
+def find_stale(answers: Iterable[Key], mutants: Iterable[Mutant]) -> list[str]:
+    """Of the answers, those that fit none of all mutants: their line has changed, or stands in another file."""
+    there = {key_of(mutant) for mutant in mutants}
+    return [f"{file}: {operator}\n    - {before}\n    + {after}" for key in answers if key not in there
+            for file, operator, before, after in [key]]  # fmt: skip
+
+
 def state_of(mutant: Mutant, found: Mapping[str, Record], answers: Mapping[Key, str]) -> str:
     """One of the columns: what became of a mutant."""
     record = found.get(mutant.name)
@@ -82,7 +89,7 @@ def state_of(mutant: Mutant, found: Mapping[str, Record], answers: Mapping[Key, 
 
 
 def report(parts: Mapping[str, Sequence[Mutant]], records: Iterable[Record], answers: Mapping[Key, str]) -> str:
-    """Tables by part and by operator, survivors that are open, answers that fit no mutant."""
+    """Tables by part and by operator, and the survivors that are open."""
     every = [mutant for mutants in parts.values() for mutant in mutants]
     found = latest(records, every)
     states = {mutant.name: state_of(mutant, found, answers) for mutant in every}
@@ -95,9 +102,6 @@ def report(parts: Mapping[str, Sequence[Mutant]], records: Iterable[Record], ans
         named = [mutant for mutant in every if states[mutant.name] == state]
         text += ["", f"{title}: {len(named)}"]
         text += [f"{each.name}\n    - {each.before}\n    + {each.after}" for each in named]
-    there = {key_of(mutant) for mutant in every}
-    files = {mutant.file for mutant in every}
-    text += [f"answered, but there is no such mutant: {key}" for key in answers if key not in there and key[0] in files]
     return "\n".join(text)
 
 

@@ -103,7 +103,8 @@ def _is_below(file: str | None, folder: Path) -> bool:
 
 
 def run(jobs: Iterable[Job], side_by_side: int = 1) -> Iterator[tuple[Job, Outcome]]:
-    """The outcomes of jobs, as they end; at most so many processes at once."""
+    """The outcomes of jobs, as they end; at most so many processes at once, and none is left where this one ends."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what follows is cleaned up
     waiting, running = iter(jobs), list[_Child]()
     try:
         while True:
@@ -177,6 +178,7 @@ def _be_child(job: Job, folder: Path) -> None:
     code = 70
     try:
         os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         out = os.open(folder / "output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for stream in (1, 2):
             os.dup2(out, stream)
