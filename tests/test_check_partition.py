@@ -47,7 +47,7 @@ def test_what_is_made_here_is_not_checked_again(monkeypatch: pytest.MonkeyPatch)
     def fail(*_: object) -> None:
         raise AssertionError("checked")
 
-    monkeypatch.setattr("randbatch.partition.check_partition", fail)
+    monkeypatch.setattr("randbatch.partition.partition.check_partition", fail)
     with pytest.raises(AssertionError, match="checked"):
         Partition(torch.arange(4), ((2, 2),))
     sets = torch.arange(50) % 3

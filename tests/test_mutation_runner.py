@@ -177,7 +177,7 @@ def test_every_mutant_of_the_package_is_a_program_of_as_many_lines() -> None:
             compile(changed, source.file, "exec")
             assert changed.count(b"\n") == source.data.count(b"\n")
             every.append(mutant)
-    few, more = sample(every, 40), sample(every, 80)
+    few, more = sample(every, 40), sample(every, 240)
     assert len(few) == 40
     assert {mutant.name for mutant in few} < {mutant.name for mutant in more}
     assert sample(every, None) == every
