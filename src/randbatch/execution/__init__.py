@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from randbatch.execution.call import Call, LinearProjections
 from randbatch.execution.chunked import Chunked
+from randbatch.execution.forms import Exact, Flattened, Observed
 from randbatch.execution.opaque import Opaque
 from randbatch.execution.projected import Projected
-from randbatch.execution.table import STRATEGIES, Choice, Strategy, record, run
-from randbatch.execution.whole import Exact, Flattened, Observed, Whole
+from randbatch.execution.table import STRATEGIES, Choice, Strategy, Whole, record, run
 
 __all__ = ["STRATEGIES", "Call", "Choice", "LinearProjections", "Strategy", "record", "run"]
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from randbatch.execution.call import Call
+from randbatch.interactions.rounds import Projections
 
-__all__ = ["STRATEGIES", "UNTRACED_FUNCTION", "Choice", "Strategy", "record", "run"]
+__all__ = ["STRATEGIES", "UNTRACED_FUNCTION", "Choice", "Strategy", "Whole", "record", "run"]
 
 _log = logging.getLogger("randbatch")
 
@@ -45,6 +46,36 @@ class Strategy:
     def run(self, call: Call) -> Tensor:
         """The output, in the form of the input."""
         raise NotImplementedError
+
+
+class Whole(Strategy):
+    """All batches at once; backward keeps what it needs."""
+
+    name = "whole"
+
+    def why_not(self, call: Call) -> str | None:
+        """It takes every call."""
+        return None
+
+    def run(self, call: Call) -> Tensor:
+        """Without a projection tokens stay where they stand, and a backend gathers them itself."""
+        projections, interaction, estimator, options = call.projections, call.interaction, call.estimator, call.options
+        if torch.compiler.is_compiling() and call.rounds > 1 and call.seed is None and not call.exact:
+            raise NotImplementedError(UNTRACED_FUNCTION)
+        rounds = call.draw()
+        part = rounds.only
+        if rounds.num_tokens == 0:
+            out = interaction.of_nothing(projections.project(*projections.tensors))
+        elif part is None:
+            projected = projections.project(*projections.tensors)
+            out = estimator.over_rounds(interaction, Projections(projected, projections.sizes), rounds, options)
+        elif projections.is_projected:
+            out = estimator.in_batches(interaction, projections.tensors, part, options)
+        else:
+            # moving C channels before the projection costs a third of moving queries, keys and values later
+            projected = projections.project(*(part.pack(x) for x in projections.tensors))
+            out = part.unpack(estimator.in_batches(interaction, projected, part.packed(), options))
+        return projections.finish(out)
 
 
 STRATEGIES: list[Strategy] = []

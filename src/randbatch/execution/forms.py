@@ -1,22 +1,21 @@
-"""The strategies that see all tokens at once, and those that only bring a call into another form."""
+"""The strategies that bring a call into another form, and the one that is the full interaction."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from randbatch._numerics import as_autocast
 from randbatch.execution.call import Call
 from randbatch.execution.padding import PaddedSets
-from randbatch.execution.table import UNTRACED_FUNCTION, Strategy, run
+from randbatch.execution.table import Strategy, run
 from randbatch.interactions.rounds import Projections
 from randbatch.partition import draw_seed
 from randbatch.tolerance import choose_rounds
 
-__all__ = ["Exact", "Flattened", "Observed", "Whole"]
+__all__ = ["Exact", "Flattened", "Observed"]
 
 
 class Flattened(Strategy):
@@ -85,33 +84,3 @@ class Exact(Strategy):
         if whole.num_tokens == 0:
             return projections.finish(interaction.of_nothing(projected))
         return projections.finish(interaction.in_full(whole, projected, call.options))
-
-
-class Whole(Strategy):
-    """All batches at once; backward keeps what it needs."""
-
-    name = "whole"
-
-    def why_not(self, call: Call) -> str | None:
-        """It takes every call."""
-        return None
-
-    def run(self, call: Call) -> Tensor:
-        """Without a projection tokens stay where they stand, and a backend gathers them itself."""
-        projections, interaction, estimator, options = call.projections, call.interaction, call.estimator, call.options
-        if torch.compiler.is_compiling() and call.rounds > 1 and call.seed is None and not call.exact:
-            raise NotImplementedError(UNTRACED_FUNCTION)
-        rounds = call.draw()
-        part = rounds.only
-        if rounds.num_tokens == 0:
-            out = interaction.of_nothing(projections.project(*projections.tensors))
-        elif part is None:
-            projected = projections.project(*projections.tensors)
-            out = estimator.over_rounds(interaction, Projections(projected, projections.sizes), rounds, options)
-        elif projections.is_projected:
-            out = estimator.in_batches(interaction, projections.tensors, part, options)
-        else:
-            # moving C channels before the projection costs a third of moving queries, keys and values later
-            projected = projections.project(*(part.pack(x) for x in projections.tensors))
-            out = part.unpack(estimator.in_batches(interaction, projected, part.packed(), options))
-        return projections.finish(out)
