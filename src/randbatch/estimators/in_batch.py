@@ -33,7 +33,8 @@ class _InBatch(Estimator):
         self, interaction: Interaction, projected: Sequence[Shaped[Tensor, "n ..."]], part: Partition, options: Options
     ) -> Shaped[Tensor, "n ..."]:
         """One round; where every set is one batch, κ is 1 and it is the full interaction."""
-        return interaction.in_batches(part, projected, options, 0.0 if part.is_whole else self.debias)
+        debias = self.debias if self.debias and not part.is_whole else 0.0
+        return interaction.in_batches(part, projected, options, debias)
 
     def over_rounds(
         self,

@@ -79,14 +79,14 @@ def pick_backend(backend: str | Backend, problem: Problem) -> Backend:
     for each, reason in why_not(backend, problem):
         if reason is None:
             return each
-        if each.hint is not None:
+        if each.hint is not None and problem.device.type != "cpu":
             _say_once(each, problem)
     raise InvalidValue(f"backend {getattr(backend, 'name', backend)!r} cannot be used here: {reason}")
 
 
 def _say_once(backend: Backend, problem: Problem) -> None:
     """Where a backend could run and `"auto"` does not take it, how to ask for it."""
-    if problem.device.type == "cpu" or backend.name in _said or torch.compiler.is_compiling():
+    if backend.name in _said or torch.compiler.is_compiling():
         return
     if backend.hint is not None and backend.why_not(problem) is None:
         _said.add(backend.name)

@@ -166,9 +166,11 @@ def _is_eager(*tensors: Tensor) -> bool:
     """Whether nothing but the output is wanted: no gradient, no compiler, no mode that sees operators."""
     if torch.compiler.is_compiling() or is_dispatched():
         return False
-    if any(type(x) is not Tensor and type(x) is not Parameter for x in tensors):
-        return False
-    return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+    recorded = torch.is_grad_enabled()
+    for x in tensors:
+        if (type(x) is not Tensor and type(x) is not Parameter) or (recorded and x.requires_grad):
+            return False
+    return True
 
 
 def _batches(part: Partition) -> tuple[Tensor, Tensor, Tensor, list[int]]:

@@ -7,6 +7,7 @@ thread count and on every rank. What a set (graph) gets depends on its size and 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -54,6 +55,9 @@ def balanced_groups(num_tokens: int, batch_size: int) -> tuple[tuple[int, int], 
     groups = ((wider, width + 1), (num_batches - wider, width))
     # where N is a symbol there may be no batch of the first size: one program then serves every N
     return tuple((rows, width) for rows, width in groups if not _is_zero(rows))
+
+
+_remembered_groups = lru_cache(maxsize=256)(balanced_groups)
 
 
 def _partition_sets(order: Tensor, counts: Tensor, batch_size: int) -> Partition:
@@ -148,10 +152,12 @@ def random_partition(
             check_batch_vector(batch, num_tokens, batch.device)
             order, counts = shuffle_sets(num_tokens, batch.to(target), seed, target, independent=independent)
             return _partition_sets(order, counts, batch_size)
-        groups = balanced_groups(num_tokens, batch_size)
+        traced = torch.compiler.is_compiling()
+        groups = (balanced_groups if traced else _remembered_groups)(num_tokens, batch_size)
         if num_tokens <= batch_size:  # one batch: nothing to draw
             return Partition(torch.arange(num_tokens, device=target), groups, in_order=True, is_checked=True)
-        return Partition(shuffle_sets(num_tokens, None, seed, target)[0], groups, is_checked=True)
+        order = torch.argsort(random_keys(num_tokens, seed, target), stable=True)  # as `shuffle_sets`
+        return Partition(order, groups, is_checked=True)
 
 
 def random_subsets(

@@ -122,7 +122,7 @@ class Partition(Partitions):
     @property
     def num_batches(self) -> int:
         """M."""
-        return sum(rows for rows, _ in self.groups)
+        return sum([rows for rows, _ in self.groups])
 
     @property
     def is_whole(self) -> bool:

@@ -18,6 +18,7 @@ __all__ = ["OPERATORS", "library_for"]
 _LANES = 16  # of the longest vectors, AVX-512's
 
 
+@cache
 def library_for(head_size: int, value_size: int) -> Library:
     """What is compiled for heads of these sizes: few libraries, since each takes a second or two."""
     return _library(*(-(-size // _LANES) * _LANES for size in (head_size, value_size)))
