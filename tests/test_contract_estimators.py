@@ -188,7 +188,7 @@ def test_a_name_is_its_object(estimator: str) -> None:
     layer = rb.nn.RandomBatchAttention(WIDTH, 2, 4, estimator=estimator)
     assert layer.randbatch_config.estimator is ESTIMATORS[estimator]
     assert estimator == "plain" or f"estimator={estimator!r}" in repr(layer)
-    with pytest.raises(InvalidValue, match=f"estimator {estimator!r} already"):
+    with pytest.raises(InvalidValue, match=f"estimator {estimator!r} is registered already"):
         rb.estimators.register(estimator)(type(ESTIMATORS[estimator]))
 
 
@@ -207,7 +207,7 @@ def test_unknown_names_and_other_objects_are_refused() -> None:
         InvalidValue, match=r"estimator must be one of .*'halfway'; got 'halway'\. Did you mean 'halfway'"
     ):
         op("softmax", inputs, estimator="halway")
-    with pytest.raises(InvalidType, match=r"estimator must be a name or an? Estimator object, got int"):
+    with pytest.raises(InvalidType, match=r"estimator must be a name, or an object of Estimator, got int"):
         op("softmax", inputs, estimator=3)
 
 

@@ -105,7 +105,7 @@ def test_only_interactions_are_registered(wrong: Any) -> None:
 @every
 def test_a_name_is_given_once(name: str) -> None:
     before = dict(INTERACTIONS)
-    with pytest.raises(InvalidValue, match=f"there is a interaction {name!r} already|there is an .* {name!r} already"):
+    with pytest.raises(InvalidValue, match=f"interaction {name!r} is registered already"):
         rb.interactions.register(name)(type(INTERACTIONS[name]))
     assert list(INTERACTIONS) == list(before)
     assert INTERACTIONS[name].name == name

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import randbatch as rb
 from randbatch.estimators import ESTIMATORS
-from randbatch.execution import STRATEGIES, Call, Strategy
+from randbatch.execution import STRATEGIES, Call, Strategy, run
 from randbatch.interactions import INTERACTIONS, Options
 from randbatch.interactions.rounds import Projections
 from randbatch.nn import RandomBatch, RandomBatchAttention
@@ -50,6 +50,12 @@ def of_layer(x: Tensor | None = None, **options: Any) -> Call:
     return layer.randbatch_config.call(layer._projections(x, x, x), False, **sets)
 
 
+def tolerant() -> Call:
+    """A few rounds are enough, and one is not."""
+    query, key, value = (torch.randn(300, 2, 4, dtype=torch.float64) for _ in range(3))
+    return of_op([x.requires_grad_() for x in (query, key, value + 1)], batch_size=16, tolerance=0.15)
+
+
 CALLS: dict[str, Make] = {
     "op": of_op,
     "op, graphs": lambda: of_op(batch=GRAPHS),
@@ -60,7 +66,8 @@ CALLS: dict[str, Make] = {
     "op, partition": lambda: of_op(partition=rb.random_partition(N, 5)),
     "op, exact": lambda: of_op(exact=True, batch=GRAPHS),
     "op, exact in chunks": lambda: of_op(exact=True, chunk_batches=2),
-    "op, tolerance": lambda: of_op(tolerance=0.5),
+    "op, tolerance": tolerant,
+    "op, tolerance that takes all": lambda: of_op(tolerance=1e-9),
     "op, padded": lambda: of_op(heads(3, 9), padded=True, mask=~PADDING),
     "op, padded in chunks": lambda: of_op(heads(3, 9), padded=True, mask=~PADDING, chunk_batches=1, rounds=2),
     "op, one padded set": lambda: of_op(heads(1, 9), padded=True),
@@ -121,6 +128,16 @@ def test_a_strategy_gives_the_numbers_of_whole_or_says_why_not(strategy: Strateg
     torch.testing.assert_close(found, contract.results(of_whole(call, chosen), inputs, owner), **EXACT)
 
 
+def test_a_tolerance_chose_rounds_in_one_case_and_all_in_the_other() -> None:
+    chosen: list[RoundsChoice] = []
+    for name in ("op, tolerance", "op, tolerance that takes all"):
+        run(CALLS[name]().but(on_choice=chosen.append))
+    few, everything = chosen
+    assert not few.exact
+    assert 1 < few.rounds < 10
+    assert everything.exact or everything.rounds > 4
+
+
 def test_every_strategy_takes_some_call() -> None:
     """`opaque` is for `torch.compile` (see `compiling_contract`) and for tensors without numbers."""
     taken = {strategy.name for make in CALLS.values() for strategy in STRATEGIES if strategy.why_not(make()) is None}
@@ -157,11 +174,11 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     with monkeypatch.context() as patch:
         for strategy in STRATEGIES:
 
-            def run(call: Call, name: str = strategy.name, before: Any = strategy.run) -> Tensor:
+            def noting(call: Call, name: str = strategy.name, before: Any = strategy.run) -> Tensor:
                 ran.append(name)
                 return before(call)
 
-            patch.setattr(strategy, "run", run)
+            patch.setattr(strategy, "run", noting)
         yield ran
 
 
