@@ -23,7 +23,7 @@ __all__ = ["Debiased", "Plain"]
 class _InBatch(Estimator):
     """`ŷ_i = (κ^δ Σ_{j∈S_i} w_ij v_j + w_ii v_i) / (κ^δ Σ_{j∈S_i} w_ij + w_ii)`, S_i the others that token i met.
 
-    κ = (n − 1) / |S_i| for a set of n tokens.
+    `κ = (n − 1) / |S_i|` for a set of n tokens.
     """
 
     debias: float
@@ -72,9 +72,9 @@ class Plain(_InBatch):
 
 
 class Debiased(_InBatch):
-    """Plain, with the others weighted by κ = (n − 1) / |S_i|: δ = 1.
+    """Plain, with the others weighted by `κ = (n − 1) / |S_i|`: δ = 1.
 
-    A token always meets itself, but only |S_i| of its n − 1 others. A sum becomes unbiased; of a ratio numerator and
+    A token always meets itself, but only `|S_i|` of its n − 1 others. A sum becomes unbiased; of a ratio numerator and
     denominator do, and the ratio keeps a bias of O(1/p).
     """
 

@@ -29,16 +29,15 @@ __all__ = ["Block", "Interaction", "Kind", "Sets", "object_of_key"]
 class Kind(Enum):
     """The form of an interaction, which decides how rounds are merged and what an estimator can do with it.
 
-    | kind | form |
-    |---|---|
-    | `SUM` | `Σ_j f_ij v_j` |
-    | `RATIO` | `Σ_j w_ij v_j / (c_i + Σ_j w_ij)`, c_i independent of the other tokens |
-    | `TUPLE_RATIO` | the same over tuples j, k, … |
-    | `IMPLICIT` | the normaliser of a token solves an equation |
-    | `SELECTION` | some of the tokens are chosen |
-    | `TWO_AXES` | normalised over queries and over keys |
-    | `OUTSIDE` | a function of single tokens or of edges |
-    | `FUNCTION` | any function of a set, about which nothing else is known |
+    Attributes:
+        SUM: `Σ_j f_ij v_j`.
+        RATIO: `Σ_j w_ij v_j / (c_i + Σ_j w_ij)`, c_i independent of the other tokens.
+        TUPLE_RATIO: the same over tuples j, k, ….
+        IMPLICIT: the normaliser of a token solves an equation.
+        SELECTION: some of the tokens are chosen.
+        TWO_AXES: normalised over queries and over keys.
+        OUTSIDE: a function of single tokens or of edges.
+        FUNCTION: any function of a set, about which nothing else is known.
     """
 
     SUM = "sum"
@@ -83,10 +82,11 @@ class Sets:
 class Block:
     """Batches of one size, and what is known of them beside their projected tokens.
 
-    Attributes:
+    Args:
         options: how to compute.
-        set_sizes: `[M, 1, 1, 1]` or `[1, 1, 1, 1]`, how many tokens the set of each batch has.
-        statistics: what `Interaction.measure` returned, a row for each batch (or one for all): `[M, …]` or `[1, …]`.
+        sizes: `[G]`, how many tokens each set has.
+        sets: `[M]`, the set of each batch; None where there is one set.
+        statistics: `[G, …]` each, what `Interaction.measure` returned.
     """
 
     __slots__ = ("_sets", "_sizes", "_statistics", "options")
@@ -98,12 +98,12 @@ class Block:
 
     @property
     def set_sizes(self) -> Int[Tensor, "_m 1 1 1"]:
-        """How many tokens the set of each batch has."""
+        """How many tokens the set of each batch has, `[M, 1, 1, 1]`; `[1, 1, 1, 1]` where there is one set."""
         return self._of_batch(self._sizes)[:, None, None, None]
 
     @property
     def statistics(self) -> tuple[Tensor, ...]:
-        """The statistics of the set of each batch."""
+        """The statistics of the set of each batch, `[M, …]` each; `[1, …]` where there is one set."""
         return tuple(map(self._of_batch, self._statistics))
 
     def _of_batch(self, x: Shaped[Tensor, "g ..."]) -> Shaped[Tensor, "_m ..."]:

@@ -25,8 +25,8 @@ class Partial(NamedTuple):
             for interactions that do not normalise.
     """
 
-    out: Float[Tensor, "*n h e"]
-    log_norm: Float[Tensor, "*n h"] | None
+    out: Float[Tensor, "... h e"]
+    log_norm: Float[Tensor, "... h"] | None
 
     def merge(self, other: Partial) -> Partial:
         """The contribution of both sets of tokens, which must be disjoint.
