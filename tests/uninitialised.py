@@ -7,6 +7,7 @@ sees anything else than torch's own functions.
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -53,6 +54,8 @@ def _filling(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 @contextmanager
 def filled() -> Iterator[None]:
     """Within it, what is not initialised is NaN."""
+    # what `torch.device(...)` answers is looked up once: it must be torch's own functions
+    importlib.import_module("torch.utils._device")._device_constructors()
     originals = [(owner, name, getattr(owner, name)) for owner, name in PLACES]
     for owner, name, function in originals:
         setattr(owner, name, _filling(function))

@@ -110,12 +110,14 @@ def random_batch_attention(
     query, key, value = as_autocast(query, key, value)
     check_qkv(query, key, value)
     _warn_of_axes(query)
-    return run(
-        _call(
-            INTERACTIONS.resolve(interaction), (query, key, value), batch_size, batch, estimator, rounds, tolerance,
-            scale, dropout_p, seed, partition, backend, chunk_batches,
-        )
+    call = _call(
+        INTERACTIONS.resolve(interaction), (query, key, value), batch_size, batch, estimator, rounds, tolerance,
+        scale, dropout_p, seed, partition, backend, chunk_batches,
     )  # fmt: skip
+    if has_no_elements(query):
+        call.check()
+        return value + 0.0 * (query.sum() + key.sum())  # of the right shape, dtype and graph
+    return run(call)
 
 
 def random_batch_interaction(
@@ -237,7 +239,7 @@ def _check_partition(partition: Partition, tokens: Tensor, rounds: int) -> None:
         raise InvalidValue(f"rounds must be 1 when a partition is given, got {rounds}")
     if partition.num_tokens != tokens.shape[0]:
         raise InvalidValue(f"partition is of {partition.num_tokens} tokens, but query has {tokens.shape[0]}")
-    if partition.order.device != tokens.device:
+    if partition.order.device != tokens.device and not has_no_elements(tokens):
         raise InvalidValue(f"partition is on {partition.order.device}, but query is on {tokens.device}")
 
 

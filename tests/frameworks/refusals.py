@@ -165,7 +165,7 @@ OTHERS = (
         "torch.compile cannot trace random batches of several sets here, and meta and fake tensors have none: how many "
         "batches there are of each size is known only when they are drawn. Leave out batch and mask",
         ("meta tensors", "FakeTensorMode"),
-        (("wrapper", "padded"), ("performer",), ("bert",), ("sdpa",)),
+        (("wrapper", "padded"), ("performer",)),
     ),
     Refusal(
         "nonzero() raises unimplemented",
@@ -218,7 +218,7 @@ COMPILED = (
         (("wrapper", "rounds"),),
     ),
     Refusal(
-        "Unsupported input type <class 'randbatch.partition.Partition'>",
+        "Unsupported input type <class 'randbatch.partition.partition.Partition'>",
         ("export*",),
         (("partition",),),
         "Draw it inside of what is exported.",

@@ -365,4 +365,5 @@ def as_judge(module: nn.Module) -> nn.Module:
 def _is_linear(module: nn.Module) -> bool:
     if isinstance(module, Op):
         return module.options.get("interaction", "softmax") != "softmax"
-    return any(getattr(each, "interaction", "softmax") != "softmax" for each in module.modules())
+    configs = [found for each in module.modules() if (found := config_of(each)) is not None]
+    return any(not config.resolved()[0].is_exponential for config in configs)

@@ -50,4 +50,4 @@ def test_every_option_has_a_row() -> None:
         assert ("models.GraphTransformer", f"local={local!r}, attention='rba'") in names
     for attention in ATTENTIONS:
         assert any(f"attention={attention!r}" in name for _, name in names)
-    assert {*rb.nn.__all__} - {"Sampling"} <= {group.removeprefix("nn.") for group, _ in names}
+    assert {*rb.nn.__all__} - {"RandomBatchConfig"} <= {group.removeprefix("nn.") for group, _ in names}

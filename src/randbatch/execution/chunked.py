@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from randbatch._numerics import has_no_elements
 from randbatch.execution.call import Call
 from randbatch.execution.table import UNTRACED_FUNCTION, Strategy
 from randbatch.partition import Partition
@@ -26,7 +27,9 @@ class Chunked(Strategy):
 
     def why_not(self, call: Call) -> str | None:
         """It is for calls that ask for it."""
-        return "chunk_batches is None" if call.chunk_batches is None else None
+        if call.chunk_batches is None:
+            return "chunk_batches is None"
+        return "meta and fake tensors have no memory to save" if has_no_elements(call.first) else None
 
     def run(self, call: Call) -> Tensor:
         """A chunk is a contiguous range of batches."""

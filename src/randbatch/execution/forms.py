@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from randbatch._autograd import refuse_transforms
 from randbatch._numerics import as_autocast
 from randbatch.execution.call import Call
 from randbatch.execution.padding import PaddedSets
@@ -47,6 +48,8 @@ class Observed(Strategy):
 
     def run(self, call: Call) -> Tensor:
         """Project, look, and compute the rest."""
+        if call.tolerance is not None:
+            refuse_transforms("tolerance", "give rounds instead")
         projections = call.projections
         query, key, value = as_autocast(*projections.project(*projections.tensors))
         scale, batch = call.options.scale, call.batch
