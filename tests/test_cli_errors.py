@@ -206,7 +206,7 @@ def test_a_fault_in_stored_settings_is_not_told_as_a_damaged_file(
         ({"lr": 10**400}, "lr has no value of its type"),
         ({"seed": 0}, "seed has no value of its type, got 0"),
         ({"seed": [0.5]}, "seed has no value of its type"),
-        ({"attention": ["rab"]}, "attention has no value of its type"),
+        ({"attention": ["rab"]}, "attention must be one of"),
         ({"chunk_batches": "all"}, "chunk_batches has no value of its type"),
         ({"eval_rounds": 0}, "eval_rounds must be at least 1, got 0"),
     ],

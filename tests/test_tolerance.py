@@ -247,7 +247,7 @@ def test_the_bound_is_the_error_plus_three_standard_errors() -> None:
         ({"tolerance": math.nan}, ValueError, "tolerance must be"),
         ({"tolerance": 0.1, "rounds": 2}, ValueError, "rounds must be left at 1"),
         ({"tolerance": 0.1, "dropout_p": 0.1}, ValueError, "dropout_p must be 0"),
-        ({"tolerance": 0.1, "interaction": "linear"}, ValueError, "tolerance is for interaction='softmax'"),
+        ({"tolerance": 0.1, "interaction": "linear"}, ValueError, "tolerance must be None with interaction 'linear'"),
         ({"tolerance": 0.1, "partition": rb.random_partition(40, 8)}, ValueError, "partition must be left out"),
         ({"tolerance": 0.1, "estimator": "plane"}, ValueError, "Did you mean 'plain'"),
     ],
@@ -294,11 +294,11 @@ def test_converted_models_choose_their_rounds_layer_by_layer() -> None:
 def test_what_has_no_known_error_refuses_a_tolerance() -> None:
     wrapped = rb.nn.RandomBatch(torch.nn.Identity(), 8).eval()
     rb.set_inference(wrapped, tolerance=0.1)
-    with pytest.raises(ValueError, match="tolerance is for softmax attention"):
+    with pytest.raises(ValueError, match="it is for softmax attention"):
         wrapped(torch.randn(50, 4))
     linear = attention(interaction="linear")
     rb.set_inference(linear, tolerance=0.1)
-    with pytest.raises(ValueError, match="tolerance is for softmax attention"):
+    with pytest.raises(ValueError, match="it is for softmax attention"):
         linear(torch.randn(50, 16))
 
 

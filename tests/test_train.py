@@ -19,11 +19,11 @@ from torch import nn
 from randbatch._files import read_record, write_bytes
 from randbatch.cli import main
 from randbatch.estimators import ESTIMATORS
-from randbatch.models import ATTENTIONS, CONVOLUTIONS
+from randbatch.models import ATTENTIONS, CONVOLUTIONS, attention_names
 from randbatch.train import PRESETS, RunConfig, SweepConfig, load_sweep, preset, train_run, train_sweep
 from randbatch.train import loop as loop_module
 from randbatch.train.checkpoint import load_weights, read_checkpoint, read_tensors, save_checkpoint, save_tensors
-from randbatch.train.config import Attention, Settings
+from randbatch.train.config import Settings
 from randbatch.train.data import GroupsOptions, make_groups
 from randbatch.train.folder import read_log
 from randbatch.train.machine import pick_device
@@ -379,18 +379,17 @@ def test_ctrl_c_leaves_a_folder_that_resumes(tmp_path: Path) -> None:
 
 
 def test_choices_are_those_of_the_library() -> None:
-    """The command line lists choices as literals; they must not drift from the tables."""
-    hints = {name: set(hint.__args__) for name, hint in typed_choices().items()}
-    assert hints["local"] == set(CONVOLUTIONS)
-    assert hints["estimator"] == set(ESTIMATORS)
-    assert set(Attention.__args__) == set(ATTENTIONS)
-
-
-def typed_choices() -> dict:
+    """The command line lists message passing as literals, which must not drift from the table; names are resolved."""
     import typing
 
-    hints = typing.get_type_hints(Settings)
-    return {name: hints[name] for name in ("local", "estimator", "order")}
+    assert {*typing.get_type_hints(Settings)["local"].__args__} == set(CONVOLUTIONS)
+    for name in ESTIMATORS:
+        assert SweepConfig(estimator=name).estimator is ESTIMATORS[name]
+    for name in attention_names():
+        assert SweepConfig(attention=(name,)).attention == (name,)
+    for wrong in ({"estimator": "plane"}, {"attention": ("rab",)}, {"interaction": "softmux"}, {"backend": "gpu"}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be one of"):
+            SweepConfig(**wrong)
 
 
 def test_presets() -> None:

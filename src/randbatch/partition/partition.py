@@ -71,6 +71,7 @@ class Partition(Partitions):
         ValueError: `order` is no permutation, or sizes do not add up.
 
     Example:
+        >>> from randbatch.partition import random_partition
         >>> part = random_partition(5, 2)
         >>> part.index.shape, part.mask.tolist()
         (torch.Size([3, 2]), [[True, True], [True, True], [True, False]])

@@ -26,7 +26,7 @@ def _color(name: str) -> str:
 
 def describe(result: dict[str, Any]) -> str:
     """What tells the rows of a table apart."""
-    if result["batch_size"] is None:  # no random batches
+    if result.get("batch_size") is None:  # no random batches
         return result["attention"]
     rounds = f", {result['rounds']} rounds" if result["rounds"] > 1 else ""
     return f"{result['attention']} ({result['estimator']}, p = {result['batch_size']}{rounds})"
