@@ -130,6 +130,23 @@ def test_one_batch_draws_nothing() -> None:
     assert not torch.equal(state, torch.get_rng_state())
 
 
+@pytest.mark.unchecked
+def test_rounds_that_are_drawn_are_checked() -> None:
+    for rounds, error in ((0, ValueError), (1.5, TypeError)):
+        with pytest.raises(error, match="rounds must be"):
+            draw_rounds(50, 8, rounds)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("num_tokens", "batch_size"), [(49, 7), (25, 5), (35, 5)])
+@pytest.mark.parametrize("rounds", [2, 3, 5])
+def test_no_more_partitions_are_made_than_are_needed(num_tokens: int, batch_size: int, rounds: int) -> None:
+    """On a full grid: without the last of them some token has met fewer than R (p − 1) others, pair by pair."""
+    parts = list(draw_rounds(num_tokens, batch_size, rounds, seed=3))
+    wanted = min(rounds * (batch_size - 1), num_tokens - 1)
+    assert int(meetings(parts, num_tokens).sum(dim=1).min()) >= wanted
+    assert int(meetings(parts[:-1], num_tokens).sum(dim=1).min()) < wanted
+
+
 def test_one_set_is_no_set_of_its_own() -> None:
     """What looks for sets finds none, and takes the shorter way."""
     for part in rb.orthogonal_partitions(50, 8, 20):

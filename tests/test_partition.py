@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch._dynamo.source import ConstantSource
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 import randbatch as rb
 from randbatch.partition import Partition, balanced_groups, fold_seed
@@ -107,14 +107,11 @@ def test_others_are_counted(batch: torch.Tensor | None) -> None:
 def test_one_program_serves_any_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """While it is traced, N is a symbol: nothing is asked of it, and a size without batches stays."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    shapes = ShapeEnv()
-    with FakeTensorMode(shape_env=shapes) as mode:
-        symbol = mode.from_tensor(torch.empty(37), symbolic_context=StatelessSymbolicContext([DimDynamic.DYNAMIC]))
-        before = len(shapes.guards)
-        groups = balanced_groups(symbol.shape[0] + 16, 8)
-        assert len(groups) == 2
-        assert len(shapes.guards) - before <= 1  # that there is a batch
-    assert [(int(rows), int(width)) for rows, width in groups] == [(4, 8), (3, 7)]
+    shapes, source = ShapeEnv(), ConstantSource("num_tokens")
+    symbol = shapes.create_symbol(40, source, DimDynamic.DYNAMIC)
+    groups = balanced_groups(shapes.create_symintnode(symbol, hint=40, source=source), 8)
+    assert not shapes.guards  # the program is not made for 40
+    assert [(int(rows), int(width)) for rows, width in groups] == [(0, 9), (5, 8)]
     assert balanced_groups(16, 8) == ((2, 8),)
 
 
