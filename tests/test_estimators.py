@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from merging import attend_to_met
+from merging import attend_to_met, by_formula, met_matrix, qkv
 from torch import Tensor
 
 import randbatch as rb
@@ -19,28 +19,6 @@ from randbatch.partition.orthogonal import OrthogonalRounds, draw_rounds
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 EXACT = {"rtol": 1e-11, "atol": 1e-12}
-
-
-def qkv(num_tokens: int, *, heads: int = 2, size: int = 6, dtype: torch.dtype = torch.float64, grad: bool = True):
-    return [torch.randn(num_tokens, heads, size, dtype=torch.float64).to(dtype).requires_grad_(grad) for _ in range(3)]
-
-
-def met_matrix(parts, num_tokens: int) -> Tensor:
-    met = torch.zeros(num_tokens, num_tokens, dtype=torch.bool)
-    for part in parts:
-        for block in part.split(part.order):
-            for row in block:
-                met[row.unsqueeze(1), row] = True
-    return met
-
-
-def by_formula(query: Tensor, key: Tensor, value: Tensor, parts, debias: float, others: Tensor) -> Tensor:
-    """The whole matrix of weights, masked and weighted as `randbatch.interactions.rounds` says."""
-    met = met_matrix(parts, len(query)).fill_diagonal_(False)
-    kappa = others.double() / met.sum(1).clamp(min=1)
-    logits = torch.einsum("ihd,jhd->hij", query, key) / math.sqrt(query.shape[-1])
-    logits = logits + (debias * kappa.log()).unsqueeze(1).masked_fill(~met, -torch.inf).fill_diagonal_(0)
-    return torch.einsum("hij,jhe->ihe", logits.to(query.dtype).softmax(dim=-1), value)
 
 
 @pytest.mark.parametrize("debias", [0.0, 0.5, 1.0])
@@ -393,11 +371,11 @@ def test_debiased_linear_attention_is_its_formula(rounds: int, chunk_batches: in
     if rounds > 1:
         parts = list(draw_rounds(29, 4, rounds, batch=batch, seed=2))
     met = met_matrix(parts, 29).fill_diagonal_(False)
-    kappa = (torch.bincount(batch)[batch] - 1) / met.sum(1).clamp(min=1)
+    kappa = (torch.bincount(batch)[batch] - 1).double() / met.sum(1).clamp(min=1)
     query, key, value = inputs
     maps = [torch.nn.functional.elu(x) + 1 for x in (query, key)]
     weights = torch.einsum("ihd,jhd->ijh", *maps)
-    weights = weights * (met * kappa.unsqueeze(1) + torch.eye(29)).unsqueeze(2)
+    weights = weights * (met * kappa.unsqueeze(1) + torch.eye(29, dtype=torch.float64)).unsqueeze(2)
     want = torch.einsum("ijh,jhe->ihe", weights / weights.sum(dim=1, keepdim=True), value)
     torch.testing.assert_close(out, want, **EXACT)
     found, expected = (torch.autograd.grad(y.sin().sum(), inputs) for y in (out, want))
