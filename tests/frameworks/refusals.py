@@ -228,7 +228,7 @@ COMPILED = (
         ("compile, dynamic",),
         (("op",),),
         "The size of heads must be a number: mark the tokens alone, by `torch._dynamo.mark_dynamic(x, 0)`.",
-        frozenset({"full"}),
+        frozenset({"full", "rounds", "corrected", "linear", "chunks", "graphs"}),
     ),
     Refusal(
         "lift_tracked_freevar_to_input should not be called on root",

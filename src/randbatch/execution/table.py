@@ -64,7 +64,7 @@ class Whole(Strategy):
             raise NotImplementedError(UNTRACED_FUNCTION)
         rounds = call.draw()
         part = rounds.only
-        if rounds.num_tokens == 0:
+        if rounds.num_tokens == 0 if part is None else not part.groups:  # which asks nothing of an N that is a symbol
             out = interaction.of_nothing(projections.project(*projections.tensors))
         elif part is None:
             projected = projections.project(*projections.tensors)

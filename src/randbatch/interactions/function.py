@@ -11,8 +11,11 @@ from randbatch._errors import InvalidValue
 from randbatch._shapes import Shaped
 from randbatch.interactions.base import Block, Interaction, Kind
 from randbatch.interactions.options import Options
+from randbatch.partition import Partition
 
 __all__ = ["Function"]
+
+_NOTHING = Block(Options(), torch.zeros(1, dtype=torch.int64))  # a function asks nothing of it
 
 
 class Function(Interaction):
@@ -48,6 +51,19 @@ class Function(Interaction):
             raise InvalidValue(f"the module must map {list(x.shape)} to [B, N, C'], it returned {list(out.shape)}")
         return out
 
+    def in_batches(
+        self,
+        part: Partition,
+        projected: Sequence[Shaped[Tensor, "n ..."]],
+        options: Options,
+        debias: float | Tensor = 0.0,
+    ) -> Shaped[Tensor, "n ..."]:
+        """The function of the batches of every size; it is told nothing of their sets."""
+        return part.map_blocks(self._apply, *projected)[0]
+
+    def _apply(self, position: int, block: Tensor) -> tuple[Tensor, ...]:
+        return (self.attend(_NOTHING, block),)
+
     def of_nothing(self, projected: Sequence[Shaped[Tensor, "n ..."]]) -> Shaped[Tensor, "n ..."]:
         """The function still decides the width of the output."""
-        return self.attend(Block(Options(), torch.zeros((1,))), projected[0].unsqueeze(0)).flatten(0, 1)
+        return self.attend(_NOTHING, projected[0].unsqueeze(0)).flatten(0, 1)
