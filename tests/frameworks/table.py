@@ -125,7 +125,7 @@ SECTIONS = {
         "number of tokens has none: the formula in plain torch in place of a kernel, and torch's encoder layer inside "
         "`RandomBatch`.",
         {
-            "compile, dynamic": "`torch.compile(fullgraph=True, dynamic=True)`; at most five compilations",
+            "compile, dynamic": "`torch.compile(fullgraph=True, dynamic=True)`; at most four compilations",
             "export, dynamic N": "`torch.export.export` with a dynamic dimension",
         },
         only=_has_sizes,

@@ -33,8 +33,9 @@ class _InBatch(Estimator):
         self, interaction: Interaction, projected: Sequence[Shaped[Tensor, "n ..."]], part: Partition, options: Options
     ) -> Shaped[Tensor, "n ..."]:
         """One round; where every set is one batch, κ is 1 and it is the full interaction."""
-        debias = self.debias if self.debias and not part.is_whole else 0.0
-        return interaction.in_batches(part, projected, options, debias)
+        if self.is_identity or part.is_whole:
+            return interaction.in_batches(part, projected, options)
+        return interaction.in_batches(part, projected, options, self.debias)
 
     def over_rounds(
         self,
