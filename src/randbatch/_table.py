@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar, cast
 
+from torch import nn
+
 from randbatch._checks import check_choice
 from randbatch._errors import InvalidType, InvalidValue
 
 __all__ = ["Table"]
 
 T = TypeVar("T")
+C = TypeVar("C", bound=type)
 
 
 _tables: dict[str, Any] = {}
@@ -48,6 +51,27 @@ class Table(Mapping[str, T], Generic[T]):
         if name in self._entries:
             raise InvalidValue(f"{self._argument} {name!r} is registered already: choose another name")
         self._entries[name] = entry
+
+    def register(self, name: str) -> Callable[[C], C]:
+        """What adds a class, above its definition: one object of it, or of an `nn.Module` a new one at each use.
+
+        The class gets its name as the attribute `name`.
+
+        Raises:
+            TypeError: what is decorated is no subclass of the table's class.
+            ValueError: the name is taken.
+        """
+
+        def register_class(cls: C) -> C:
+            made: Any = cls
+            if not (isinstance(made, type) and issubclass(made, self._of)):
+                raise InvalidType(f"{self._argument} must be a subclass of {self._of.__name__}, got {made!r}")
+            named: Any = cls
+            named.name = name
+            self.add(name, named if issubclass(made, nn.Module) else named())
+            return cls
+
+        return register_class
 
     def remove(self, name: str) -> None:
         """Remove the object of this name, if there is one."""

@@ -114,9 +114,6 @@ def random_batch_attention(
         INTERACTIONS.resolve(interaction), (query, key, value), batch_size, batch, estimator, rounds, tolerance,
         scale, dropout_p, seed, partition, backend, chunk_batches,
     )  # fmt: skip
-    if has_no_elements(query):
-        call.check()
-        return value + 0.0 * (query.sum() + key.sum())  # of the right shape, dtype and graph
     return run(call)
 
 
@@ -206,10 +203,8 @@ def _call(
         batch_size, batch = 2, None
     elif batch_size is None:
         raise InvalidType("batch_size is missing: give batch_size (an int >= 2) or a partition")
-    sizes = [(x.shape[-2], x.shape[-1]) for x in projections]
-    elements = 2 * sum(heads * size for heads, size in (sizes[0], sizes[-1]))
     return Call(
-        Projections(projections, sizes, elements=elements),
+        Projections.of(projections),
         interaction,
         ESTIMATORS.resolve(estimator),
         Options(scale, dropout_p, backend),

@@ -7,9 +7,8 @@ wherever a name is.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from randbatch._errors import InvalidType
 from randbatch._table import Table
 from randbatch.estimators.base import Estimator
 from randbatch.estimators.corrected import Corrected
@@ -33,16 +32,7 @@ def register(name: str) -> Callable[[_C], _C]:
         TypeError: what is decorated is not a class of estimators.
         ValueError: the name is taken.
     """
-
-    def add(cls: _C) -> _C:
-        if not (isinstance(cls, type) and issubclass(cls, Estimator)):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InvalidType(f"an estimator must be a subclass of Estimator, got {cls!r}")
-        made: Any = cls
-        made.name = name
-        ESTIMATORS.add(name, made())
-        return cls
-
-    return add
+    return ESTIMATORS.register(name)
 
 
 register("plain")(Plain)

@@ -8,6 +8,7 @@ from torch import Tensor
 from randbatch._numerics import has_no_elements
 from randbatch.execution.call import Call
 from randbatch.execution.table import UNTRACED_FUNCTION, Strategy
+from randbatch.interactions.rounds import mean
 from randbatch.partition import Partition
 from randbatch.streaming import piece_size, stream
 
@@ -47,12 +48,8 @@ class Chunked(Strategy):
             projected = projections.project(*rows)
             return projections.finish(estimator.in_batches(interaction, projected, piece, options))
 
-        total, number = call.first, 0
         owner = interaction.owner_beside(projections.owner)
-        for part in rounds.independent():
-            more = stream(compute, part, projections.tensors, chunk, owner)
-            total, number = more if number == 0 else total + more, number + 1
-        return total if number == 1 else total / number
+        return mean(stream(compute, part, projections.tensors, chunk, owner) for part in rounds.independent())
 
 
 def _bytes_per_token(call: Call, width: int) -> int:

@@ -54,7 +54,7 @@ class Opaque(Strategy):
             return "nothing is compiled"
         if call.interaction.is_closed:
             return f"interaction {call.interaction.name!r} is a function that no operator can hold"
-        if call.partition is not None:
+        if call.partition is not None and compiling:
             return "the partition is given"
         if not compiling or call.several_sets:
             return None
@@ -65,7 +65,8 @@ class Opaque(Strategy):
 
     def run(self, call: Call) -> Tensor:
         """Rows of padded sets without a token are zero, also where they were NaN."""
-        if call.observer is not None or call.tolerance is not None:
+        unknown = call.observer is not None or call.tolerance is not None
+        if unknown and torch.compiler.is_compiling():  # shapes alone do not depend on either
             raise NotImplementedError("torch.compile cannot trace an observer or a tolerance; run them without it")
         projections, interaction, mask = call.projections, call.interaction, call.mask
         tensors = projections.tensors
@@ -115,7 +116,7 @@ def _compute(projected: Sequence[Tensor], mask: Tensor | None, batch: Tensor | N
     interaction, estimator, scale, dropout_p, backend, batch_size, rounds, seed, chunk, exact = settings
     return run(
         Call(
-            Projections(projected, [(x.shape[-2], x.shape[-1]) for x in projected], elements=_elements(projected)),
+            Projections.of(projected),
             object_of_key(interaction),
             object_of_key(estimator),
             Options(scale, dropout_p, backend),
@@ -129,11 +130,6 @@ def _compute(projected: Sequence[Tensor], mask: Tensor | None, batch: Tensor | N
             mask=mask,
         )
     )
-
-
-def _elements(projected: Sequence[Tensor]) -> int:
-    """How many elements of a token pass through the interaction, both ways."""
-    return 2 * sum(x.shape[-2] * x.shape[-1] for x in (projected[0], projected[-1]))
 
 
 def _devices(tensor: Tensor) -> list[torch.device]:

@@ -10,11 +10,8 @@ wherever a name is. `register` puts a class into the table:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from torch import nn
-
-from randbatch._errors import InvalidType
 from randbatch._table import Table
 from randbatch.interactions.base import Block, Interaction, Kind, Sets
 from randbatch.interactions.function import Function
@@ -57,16 +54,7 @@ def register(name: str) -> Callable[[_C], _C]:
         TypeError: what is decorated is not a class of interactions, or cannot be made without arguments.
         ValueError: the name is taken.
     """
-
-    def add(cls: _C) -> _C:
-        if not (isinstance(cls, type) and issubclass(cls, Interaction)):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InvalidType(f"an interaction must be a subclass of Interaction, got {cls!r}")
-        made: Any = cls
-        made.name = name
-        INTERACTIONS.add(name, made if issubclass(cls, nn.Module) else made())
-        return cls
-
-    return add
+    return INTERACTIONS.register(name)
 
 
 register("softmax")(Softmax)

@@ -23,7 +23,10 @@ from randbatch.interactions.options import Options
 from randbatch.kernels import AUTO, Backend
 from randbatch.partition import Partition
 
-__all__ = ["Block", "Interaction", "Kind", "Sets", "object_of_key"]
+__all__ = ["Block", "Debias", "Interaction", "Kind", "Sets", "is_zero", "log_weight", "not_self", "object_of_key"]
+
+Debias = float | Tensor
+"""δ: one number, one per head `[H]`, or one per set and head `[G, H]`."""
 
 
 class Kind(Enum):
@@ -278,7 +281,7 @@ class Interaction(Keyed):
         part: Partition,
         projected: Sequence[Shaped[Tensor, "n ..."]],
         options: Options,
-        debias: float | Float[Tensor, "*g h"] = 0.0,
+        debias: Debias = 0.0,
     ) -> Shaped[Tensor, "n ..."]:
         """The interaction in every batch; the weights of the others grow by κ^δ, δ = `debias` (of sets and heads)."""
         blocks = self.blocks(part, projected, options)
@@ -289,10 +292,8 @@ class Interaction(Keyed):
 
             return part.map_blocks(attend, *projected)[0]
         total = self.others(part, projected, options, blocks)
-        met, others = (part.unpack(x).unsqueeze(1) for x in (part.count_met(), part.count_others()))
-        if isinstance(debias, Tensor) and debias.dim() == 2:
-            debias = debias if part.set_of_batch is None else part.unpack(part.spread(debias[part.set_of_batch]))
-        total = total.weigh(debias * log_kappa(others, met)).merge(self.alone(part, projected, options))
+        weight = log_weight(part, part.unpack(part.count_others()), part.unpack(part.count_met()), debias)
+        total = total.weigh(weight).merge(self.alone(part, projected, options))
         return total.out.to(projected[-1].dtype)
 
     def in_full(
@@ -342,7 +343,16 @@ class Interaction(Keyed):
         return self.own(Block(options, sets.sizes, sets.number, measured), *projected)
 
 
-def is_zero(debias: float | Tensor) -> bool:
+def log_weight(
+    part: Partition, others: Int[Tensor, " n"], met: Int[Tensor, " n"], debias: Debias
+) -> Float[Tensor, "n _h"]:
+    """`δ log κ` of every token, `[N, 1]` or `[N, H]`, for tokens that met so many of their others."""
+    if isinstance(debias, Tensor) and debias.dim() == 2:
+        debias = debias if part.set_of_batch is None else part.unpack(part.spread(debias[part.set_of_batch]))
+    return debias * log_kappa(others, met).unsqueeze(1)
+
+
+def is_zero(debias: Debias) -> bool:
     """Whether nothing is to be debiased."""
     return not isinstance(debias, Tensor) and not debias
 

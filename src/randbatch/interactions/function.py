@@ -9,7 +9,7 @@ from torch import Tensor
 
 from randbatch._errors import InvalidValue
 from randbatch._shapes import Shaped
-from randbatch.interactions.base import Block, Interaction, Kind
+from randbatch.interactions.base import Block, Debias, Interaction, Kind
 from randbatch.interactions.options import Options
 from randbatch.partition import Partition
 
@@ -56,7 +56,7 @@ class Function(Interaction):
         part: Partition,
         projected: Sequence[Shaped[Tensor, "n ..."]],
         options: Options,
-        debias: float | Tensor = 0.0,
+        debias: Debias = 0.0,
     ) -> Shaped[Tensor, "n ..."]:
         """The function of the batches of every size; it is told nothing of their sets."""
         return part.map_blocks(self._apply, *projected)[0]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,18 +23,15 @@ from torch import Tensor, nn
 from randbatch._autograd import is_transformed, pull_back, refuse_second_derivative
 from randbatch._numerics import wide_dtype
 from randbatch._rows import gather_rows, scatter_rows
-from randbatch._shapes import Float, Int, Shaped
+from randbatch._shapes import Shaped
 from randbatch.closure import Closure, mark
-from randbatch.interactions.base import Block, Interaction, Sets
-from randbatch.interactions.merge import Partial, log_kappa
+from randbatch.interactions.base import Block, Debias, Interaction, Sets, log_weight
+from randbatch.interactions.merge import Partial
 from randbatch.interactions.options import Options
 from randbatch.partition import Partition, Partitions
 from randbatch.streaming import CHUNKS_ONCE, Gradients, Replay, refuse_chunks
 
-__all__ = ["Debias", "Projections", "average_rounds", "merge_rounds"]
-
-Debias = float | Tensor
-"""δ: one number, one per head `[H]`, or one per set and head `[G, H]`."""
+__all__ = ["Debias", "Projections", "average_rounds", "mean", "merge_rounds"]
 
 
 def _same(*tensors: Tensor) -> Sequence[Tensor]:
@@ -65,6 +62,12 @@ class Projections:
     owner: nn.Module | None = None
     elements: int = 0
 
+    @classmethod
+    def of(cls, tensors: Sequence[Shaped[Tensor, "*n h _"]]) -> Projections:
+        """Tokens that are projected already."""
+        sizes = [(x.shape[-2], x.shape[-1]) for x in tensors]
+        return cls(tensors, sizes, elements=2 * sum([heads * size for heads, size in (sizes[0], sizes[-1])]))
+
     @property
     def is_projected(self) -> bool:
         """Whether the tensors are the projections themselves."""
@@ -75,11 +78,16 @@ def average_rounds(
     interaction: Interaction, tensors: Sequence[Tensor], rounds: Iterable[Partition], options: Options
 ) -> Tensor:
     """The mean of the outputs of several partitions, for interactions that have nothing to merge."""
-    total, number = torch.zeros(()), 0
-    for part in rounds:
-        more = interaction.in_batches(part, tensors, options)
-        total, number = more if number == 0 else total + more, number + 1
-    return total / number
+    return mean(interaction.in_batches(part, tensors, options) for part in rounds)
+
+
+def mean(outs: Iterable[Tensor]) -> Tensor:
+    """The mean of some tensors, of which there is at least one; no more than two are held."""
+    total, number = None, 0
+    for out in outs:
+        total, number = out if total is None else total + out, number + 1
+    assert total is not None
+    return total if number == 1 else total / number
 
 
 def merge_rounds(
@@ -129,18 +137,9 @@ def _merge_by_autograd(
         total = more if total is None else total.merge(more)
         met = met + part.unpack(part.count_met())
     assert total is not None  # there is at least one round
-    weight = _log_weight(first, first.unpack(first.count_others()), torch.as_tensor(met), debias)
+    weight = log_weight(first, first.unpack(first.count_others()), torch.as_tensor(met), debias)
     out = total.weigh(weight).merge(interaction.alone(first, tensors, options)).out
     return out.to(tensors[-1].dtype)
-
-
-def _log_weight(
-    first: Partition, others: Int[Tensor, " n"], met: Int[Tensor, " n"], debias: Debias
-) -> Float[Tensor, "n _h"]:
-    """`δ log κ` of every token, `[N, 1]` or `[N, H]`."""
-    if isinstance(debias, Tensor) and debias.dim() == 2:
-        debias = debias if first.set_of_batch is None else first.unpack(first.spread(debias[first.set_of_batch]))
-    return debias * log_kappa(others, met).unsqueeze(1)
 
 
 Rows = Tensor | None
@@ -162,7 +161,7 @@ class _Job:
     options: Options
     chunk: int | None
     closure: Closure | None = None
-    replay: Replay | None = field(default=None)
+    replay: Replay | None = None
 
     def pieces(self) -> Iterator[tuple[Rows, Partition]]:
         """The tokens and the batches that are computed at a time, of every round."""
@@ -302,7 +301,7 @@ class _Running:
     def weigh(self, first: Partition, debias: Debias) -> Tensor:
         """Let those that were met stand for all others: `δ log κ`, by which they were weighed."""
         assert self.partial is not None  # there is at least one batch
-        weight = _log_weight(first, self._others, self._met, debias)
+        weight = log_weight(first, self._others, self._met, debias)
         kept = self.partial.out if self.partial.log_norm is None else self.partial.log_norm
         weight = weight.to(wide_dtype(kept))
         self.partial = self.partial.weigh(weight)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from randbatch._numerics import logit_scale, wide_dtype
 from randbatch._shapes import Float, Shaped
-from randbatch.interactions.base import Block, Interaction, Kind, is_zero
+from randbatch.interactions.base import Block, Debias, Interaction, Kind, is_zero
 from randbatch.interactions.merge import Partial, log_kappa
 from randbatch.interactions.options import Options
 from randbatch.kernels import Backend, OwnShift, Problem, pick_backend, reference, why_not
@@ -69,7 +69,7 @@ class Softmax(Interaction):
         part: Partition,
         projected: Sequence[Shaped[Tensor, "n ..."]],
         options: Options,
-        debias: float | Float[Tensor, "*g h"] = 0.0,
+        debias: Debias = 0.0,
     ) -> Shaped[Tensor, "n ..."]:
         """κ is the same for all tokens of a batch, so a shift of the own logit does what `debias` asks for."""
         query, key, value = projected
@@ -123,7 +123,7 @@ def _backend_of_others(projected: Sequence[Tensor], options: Options) -> tuple[B
     return pick_backend(options.backend, problem), problem
 
 
-def _own_shift(part: Partition, query: Tensor, debias: float | Tensor) -> OwnShift:
+def _own_shift(part: Partition, query: Tensor, debias: Debias) -> OwnShift:
     """−δ log κ, for each batch, or for all of a width where there is one set."""
     wide = wide_dtype(query)
     delta = torch.as_tensor(debias, device=query.device, dtype=wide)

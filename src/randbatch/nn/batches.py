@@ -44,9 +44,7 @@ def attend_in_batches(
     query, key, value = as_autocast(query, key, value)
     padded = _check_form("query", query, 3, mask, batch)
     check_qkv(*(x.flatten(0, 1) if padded else x for x in (query, key, value)))
-    sizes = [(x.shape[-2], x.shape[-1]) for x in (query, key, value)]
-    elements = 2 * sum(heads * size for heads, size in (sizes[0], sizes[-1]))
-    projections = Projections((query, key, value), sizes, elements=elements)
+    projections = Projections.of((query, key, value))
     return run(
         config.call(
             projections, training, scale=scale, dropout_p=dropout_p, padded=padded, batch=batch, mask=mask

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import islice
 
 import torch
@@ -80,6 +80,11 @@ class OrthogonalRounds(Partitions):
     seed: int = 0
     device: torch.device | None = None
     independently: bool = False
+
+    @cached_property
+    def first(self) -> Partition:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The first round, which is asked for in forward and in backward."""
+        return next(iter(self))
 
     def independent(self) -> Iterator[Partition]:
         """R partitions in batches of p; two tokens may meet in several of them."""
