@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,6 +44,18 @@ GRAPHS = torch.tensor([4, 0, 0, 7, 0, 4, 0, 2, 0, 4, 9, 0, 4, 0, 9, 4, 0, 9, 0])
 N = len(GRAPHS)
 WIDTH, HEADS = 8, 2  # of layers
 EXACT = {"rtol": 1e-11, "atol": 1e-12}
+
+every = pytest.mark.parametrize("name", INTERACTION_NAMES)
+every_merging = pytest.mark.parametrize("name", MERGING)
+every_layered = pytest.mark.parametrize("name", LAYERED)
+every_learned = pytest.mark.parametrize("name", LEARNED)
+graphs_or_one = pytest.mark.parametrize("batch", [None, GRAPHS], ids=["one set", "graphs"])
+
+
+def close(found: Any, want: Any, **bounds: float) -> None:
+    torch.testing.assert_close(found, want, **(EXACT | bounds))
+
+
 MODES: dict[str, dict[str, Any]] = {
     "all at once": {},
     "rounds": {"rounds": 2},

@@ -7,7 +7,19 @@ from typing import Any
 import contract
 import pytest
 import torch
-from contract import EXACT, GRAPHS, N, definition, inputs_of, make, op, results
+from contract import (
+    GRAPHS,
+    N,
+    close,
+    definition,
+    every,
+    every_merging,
+    graphs_or_one,
+    inputs_of,
+    make,
+    op,
+    results,
+)
 from torch import Tensor, nn
 
 import randbatch as rb
@@ -16,15 +28,6 @@ from randbatch.interactions import Kind, Options
 from randbatch.interactions.merge import Partial
 
 pytestmark = pytest.mark.usefixtures("toys")
-every = pytest.mark.parametrize("name", contract.INTERACTION_NAMES)
-every_merging = pytest.mark.parametrize("name", contract.MERGING)
-every_layered = pytest.mark.parametrize("name", contract.LAYERED)
-every_learned = pytest.mark.parametrize("name", contract.LEARNED)
-graphs_or_one = pytest.mark.parametrize("batch", [None, GRAPHS], ids=["one set", "graphs"])
-
-
-def close(found: Any, want: Any, **bounds: float) -> None:
-    torch.testing.assert_close(found, want, **(EXACT | bounds))
 
 
 # One batch that holds all

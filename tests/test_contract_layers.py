@@ -14,21 +14,24 @@ import contract
 import pytest
 import torch
 from compiling_contract import CASES, OF_ESTIMATORS
-from contract import EXACT, GRAPHS, WIDTH, N, definition, layer_of, make, results
+from contract import (
+    GRAPHS,
+    WIDTH,
+    N,
+    close,
+    definition,
+    every_layered,
+    every_learned,
+    graphs_or_one,
+    layer_of,
+    make,
+    results,
+)
 from torch import Tensor
 
 import randbatch as rb
 
 pytestmark = pytest.mark.usefixtures("toys")
-every = pytest.mark.parametrize("name", contract.INTERACTION_NAMES)
-every_merging = pytest.mark.parametrize("name", contract.MERGING)
-every_layered = pytest.mark.parametrize("name", contract.LAYERED)
-every_learned = pytest.mark.parametrize("name", contract.LEARNED)
-graphs_or_one = pytest.mark.parametrize("batch", [None, GRAPHS], ids=["one set", "graphs"])
-
-
-def close(found: Any, want: Any, **bounds: float) -> None:
-    torch.testing.assert_close(found, want, **(EXACT | bounds))
 
 
 # Values
