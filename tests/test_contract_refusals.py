@@ -120,3 +120,19 @@ def test_the_toys_are_in_the_table_here_and_nowhere_else() -> None:
     assert "gaussian" in INTERACTIONS
     assert isinstance(INTERACTIONS["tempered"], nn.Module)
     assert INTERACTIONS["tempered"] is not INTERACTIONS["tempered"]
+
+
+def test_what_is_no_attention_is_refused_where_attention_is_taken() -> None:
+    """The op and the layer have query, key and value, and nothing else to give."""
+    other = rb.interactions.Function(lambda x: x)
+    for call in (
+        lambda: rb.random_batch_attention(*torch.randn(3, 8, 1, 4), batch_size=4, interaction=other),
+        lambda: rb.nn.RandomBatchAttention(8, 2, 4, interaction=other),
+    ):
+        with pytest.raises(InvalidValue, match="interaction must take query, key and value here, but 'function' takes"):
+            call()
+
+
+def test_the_choices_of_a_backend_are_all_named() -> None:
+    with pytest.raises(InvalidValue, match=r"backend must be one of 'auto', .*; got 'autoo'. Did you mean 'auto'\?"):
+        rb.random_batch_attention(*torch.randn(3, 8, 1, 4), batch_size=4, backend="autoo")

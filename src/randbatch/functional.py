@@ -110,8 +110,10 @@ def random_batch_attention(
     query, key, value = as_autocast(query, key, value)
     check_qkv(query, key, value)
     _warn_of_axes(query)
+    found = INTERACTIONS.resolve(interaction)
+    found.check_attention()
     call = _call(
-        INTERACTIONS.resolve(interaction), (query, key, value), batch_size, batch, estimator, rounds, tolerance,
+        found, (query, key, value), batch_size, batch, estimator, rounds, tolerance,
         scale, dropout_p, seed, partition, backend, chunk_batches,
     )  # fmt: skip
     return run(call)

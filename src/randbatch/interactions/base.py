@@ -253,6 +253,18 @@ class Interaction(Keyed):
         """Whether it is a sum over pairs, so that rounds can be merged and a token's own weight be told apart."""
         return self.kind in (Kind.SUM, Kind.RATIO) and type(self).partial is not Interaction.partial
 
+    def check_attention(self) -> None:
+        """Refuse an interaction that is not attention where query, key and value are what there is.
+
+        Raises:
+            ValueError: it takes other projections.
+        """
+        if self.projections != Interaction.projections:
+            raise InvalidValue(
+                f"interaction must take query, key and value here, but {self.name!r} takes "
+                f"{', '.join(self.projections)}"
+            )
+
     def check_options(self, options: Options) -> None:
         """Refuse options that mean nothing to this interaction.
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
+from randbatch._checks import check_choice
 from randbatch._errors import InvalidValue
 from randbatch._table import Table
 from randbatch.kernels import cpu, reference, sdpa, triton
@@ -53,7 +54,10 @@ for _backend in (triton.BACKEND, cpu.BACKEND, sdpa.BACKEND, reference.BACKEND):
 
 def resolve_backend(backend: str | Backend) -> Backend | None:
     """The backend of a name, or the object itself; None for `"auto"`."""
-    return None if backend == AUTO else BACKENDS.resolve(backend)
+    if isinstance(backend, str) and backend not in BACKENDS:
+        check_choice("backend", backend, [AUTO, *BACKENDS])
+        return None
+    return BACKENDS.resolve(backend)
 
 
 def why_not(backend: str | Backend, problem: Problem) -> Iterator[tuple[Backend, str | None]]:

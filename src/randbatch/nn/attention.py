@@ -20,7 +20,6 @@ from randbatch._numerics import check_tensor, has_no_elements
 from randbatch._shapes import Shaped
 from randbatch.execution import LinearProjections, run
 from randbatch.execution.padding import kept_where_zero
-from randbatch.interactions import Softmax
 from randbatch.interactions.rounds import Projections
 from randbatch.nn.config import RandomBatchConfig, own_config
 from randbatch.nn.former import FormerName
@@ -91,11 +90,7 @@ class RandomBatchAttention(torch.nn.MultiheadAttention):
         config = own_config(batch_size, options)
         config.check(dropout)
         interaction, _ = config.resolved()
-        if interaction.projections != Softmax.projections:
-            raise InvalidValue(
-                f"interaction must take query, key and value here, but {interaction.name!r} takes "
-                f"{', '.join(interaction.projections)}"
-            )
+        interaction.check_attention()
         super().__init__(embed_dim, num_heads, dropout, bias, batch_first=batch_first, device=device, dtype=dtype)
         self.randbatch_config = config
         if isinstance(interaction, torch.nn.Module):
